@@ -1,0 +1,138 @@
+"""The public ops over block masks, and the choice of a backend.
+
+Three implementations of one definition: `reference` (plain torch, obviously right), `torch` (plain torch at speed, any
+device) and `triton`. A backend asked for by name is used or refused, never replaced; "auto" takes Triton where it can
+run and torch where it cannot.
+
+q, k, v are [B, H, S, D] views with any strides. Masked-out keys: `key_bias` values at or below half of float32's
+lowest (or of the bias's own dtype's lowest) mean minus infinity. A row with no visible key gives output 0, LSE minus
+infinity and mass 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask, SparsePlan, TokenOrder, density
+from .capability import BACKENDS, why_not
+
+__all__ = [
+    "BACKENDS", "BlockMask", "SparsePlan", "TokenOrder",
+    "attention_with_lse", "block_mass", "block_sparse_attention", "choose_backend", "density", "sampled_errors", "why_not",
+]
+
+
+def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None) -> str:
+    """The backend that takes this call. "auto" is Triton where it can, else torch. Raises ValueError with the reason where a named one cannot."""
+    if backend == "auto":
+        return "triton" if why_not("triton", q, k, v, mask) is None else "torch"
+    reason = why_not(backend, q, k, v, mask)
+    if reason is not None:
+        raise ValueError(reason)
+    return backend
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        from . import reference as ops
+    elif backend == "torch":
+        from . import torch_ops as ops
+    else:
+        from . import triton_ops as ops
+    return ops
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}" + ("" if v is None else f", v {tuple(v.shape)}")
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"expected q, k, v [B, H, S, D] with equal B, H and D: {shapes}")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"expected k and v of one shape: {shapes}")
+    if k.dtype != q.dtype or (v is not None and v.dtype != q.dtype):
+        raise ValueError(f"expected q, k and v of one dtype: q {q.dtype}, k {k.dtype}" + ("" if v is None else f", v {v.dtype}"))
+
+
+def _check_plan(q: Tensor, k: Tensor, mask: BlockMask, q_order: TokenOrder | None, k_order: TokenOrder | None) -> None:
+    for name, length, order, tensor in (("seq_q", mask.seq_q, q_order, q), ("seq_k", mask.seq_k, k_order, k)):
+        expected = tensor.shape[2] if order is None else order.length
+        if length != expected:
+            raise ValueError(f"the mask's {name} is {length}, and the {'tensor' if order is None else 'order'} has {expected}")
+    for name, shape in (("mask", mask.kv_num_blocks.shape), *((n, o.head_order.shape) for n, o in (("q_order", q_order), ("k_order", k_order)) if o)):
+        if shape[0] not in (1, q.shape[0]) or shape[1] not in (1, q.shape[1]):
+            raise ValueError(f"{name} has B, H {tuple(shape[:2])}, and q has {tuple(q.shape[:2])}")
+
+
+def _bias(key_bias: Tensor | None, k: Tensor) -> Tensor | None:
+    """float32 [B, S_k], minus infinity where the bias means it."""
+    if key_bias is None:
+        return None
+    if key_bias.dim() != 2 or key_bias.shape[0] not in (1, k.shape[0]) or key_bias.shape[1] != k.shape[2]:
+        raise ValueError(f"key_bias is {tuple(key_bias.shape)}: expected [{k.shape[0]} or 1, {k.shape[2]}]")
+    # Hosts write "never" as their own dtype's lowest number; half of it leaves room for what was added since.
+    floor = torch.finfo(key_bias.dtype).min / 2
+    bias = torch.where(key_bias <= floor, -torch.inf, key_bias.float())
+    return bias.expand(k.shape[0], -1)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
+    scale: float | None = None, key_bias: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the kept blocks alone.
+
+    q, k, v: [B, H, S, D]. With an order, the mask's positions are the order's. scale: 1/sqrt(D) where None.
+    key_bias: [B or 1, S_k], added to the scores, in tensor row order. Returns out [B, H, S_q, D] (laid out so that
+    [B, S, H, D] is contiguous), and with `return_lse` the log-sum-exp [B, H, S_q], float32, natural logarithm, in
+    tensor row order. Raises ValueError where shapes contradict one another or a named backend cannot take the call.
+    """
+    _check_qkv(q, k, v)
+    _check_plan(q, k, mask, q_order, k_order)
+    ops = _implementation(choose_backend(backend, q, k, v, mask))
+    out, lse = ops.block_sparse_attention(q, k, v, mask, q_order, k_order, _scale(scale, q), _bias(key_bias, k), return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_bias: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Dense attention and its log-sum-exp [B, H, S_q], float32, natural logarithm. Arguments as for `block_sparse_attention`."""
+    _check_qkv(q, k, v)
+    ops = _implementation(choose_backend(backend, q, k, v))
+    return ops.attention_with_lse(q, k, v, _scale(scale, q), _bias(key_bias, k))
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
+    scale: float | None = None, key_bias: Tensor | None = None, backend: str = "auto",
+) -> Tensor:
+    """The softmax mass of every pair of blocks (AdaSpa, equation 13), float32 [B, H, Q, K].
+
+    lse: [B, H, S_q], current or from an earlier step; a row of minus infinity has no mass. With a current LSE the
+    masses of a row of blocks sum to its number of real rows.
+    """
+    _check_qkv(q, k, None)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
+    ops = _implementation(choose_backend(backend, q, k, k))
+    return ops.block_mass(q, k, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
+
+
+def sampled_errors(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, candidates: list[SparsePlan], *, scale: float | None = None,
+    key_bias: Tensor | None = None, backend: str = "auto",
+) -> Tensor:
+    """What each candidate plan would cost on a sample of rows (SVG, algorithm 1), float32 [C, B, H].
+
+    rows: [R] integers, tensor rows. The error is the mean square, over the sampled rows and D, of the candidate's
+    output minus dense attention's.
+    """
+    _check_qkv(q, k, v)
+    for plan in candidates:
+        _check_plan(q, k, plan.mask, plan.q_order, plan.k_order)
+    ops = _implementation(choose_backend(backend, q, k, v))
+    return ops.sampled_errors(q, k, v, rows, candidates, _scale(scale, q), _bias(key_bias, k))

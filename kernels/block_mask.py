@@ -1,0 +1,175 @@
+"""What a kernel is told to compute: which blocks (BlockMask), in which order of tokens (TokenOrder), for which head.
+
+Dimensions, here and everywhere in the project:
+B batch, H heads, S tokens (rows of a tensor), D head_dim, Q and K blocks of queries and of keys,
+M the room for block indices, O orders, P positions of an order, R sampled rows, C candidate plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def num_blocks(length: int, block: int) -> int:
+    """How many blocks of `block` positions cover `length` positions."""
+    return -(-length // block)
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The key blocks that each query block attends to, in FlexAttention's terms.
+
+    kv_num_blocks: [B, H, Q] int32, how many key blocks a query block keeps.
+    kv_indices: [B, H, Q, M] int32, which ones; entries past the count are unread. B and H may be 1 and then hold for all.
+    block_q, block_k: positions a block. seq_q, seq_k: positions in all (tokens, or an order's padded positions).
+    Raises ValueError where the shapes contradict one another.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    block_q: int
+    block_k: int
+    seq_q: int
+    seq_k: int
+
+    def __post_init__(self):
+        rows = num_blocks(self.seq_q, self.block_q)
+        if self.kv_num_blocks.dim() != 3 or self.kv_num_blocks.shape[2] != rows:
+            raise ValueError(f"kv_num_blocks is {tuple(self.kv_num_blocks.shape)}: expected [B, H, {rows}] for {self.seq_q} positions in blocks of {self.block_q}")
+        if self.kv_indices.dim() != 4 or self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
+            raise ValueError(f"kv_indices is {tuple(self.kv_indices.shape)}: expected [*{tuple(self.kv_num_blocks.shape)}, M]")
+
+    @property
+    def num_q_blocks(self) -> int:
+        return num_blocks(self.seq_q, self.block_q)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return num_blocks(self.seq_k, self.block_k)
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int, max_count: int | None = None) -> BlockMask:
+        """From a map of kept blocks, bool [B, H, Q, K].
+
+        `max_count` is the largest number of kept blocks of a row, where the caller knows it; without it the map is
+        read for it, which waits for the device. Raises ValueError where the map does not fit the lengths.
+        """
+        expected = (num_blocks(seq_q, block_q), num_blocks(seq_k, block_k))
+        if blocks.dim() != 4 or tuple(blocks.shape[2:]) != expected:
+            raise ValueError(f"blocks is {tuple(blocks.shape)}: expected [B, H, {expected[0]}, {expected[1]}]")
+        counts = blocks.sum(-1, dtype=torch.int32)
+        room = max(int(counts.max()) if max_count is None else max_count, 1)
+        # Each kept block goes to the slot that its running count names; the others all go to one slot past the end.
+        slots = torch.where(blocks, blocks.cumsum(-1, dtype=torch.int32) - 1, room).long()
+        numbers = torch.arange(expected[1], dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+        indices = torch.zeros(*blocks.shape[:3], room + 1, dtype=torch.int32, device=blocks.device)
+        indices.scatter_(-1, slots, numbers)
+        return cls(counts, indices[..., :room], block_q, block_k, seq_q, seq_k)
+
+    def to_blocks(self) -> Tensor:
+        """The map of kept blocks, bool [B, H, Q, K]."""
+        slots = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        used = slots < self.kv_num_blocks[..., None]
+        columns = torch.where(used, self.kv_indices, self.num_k_blocks).long()
+        blocks = torch.zeros(*self.kv_indices.shape[:3], self.num_k_blocks + 1, dtype=torch.bool, device=self.kv_indices.device)
+        return blocks.scatter_(-1, columns, True)[..., :-1]
+
+    def to_dense(self) -> Tensor:
+        """The mask by position, bool [B, H, seq_q, seq_k]. For tests and pictures: its size is quadratic."""
+        blocks = self.to_blocks().repeat_interleave(self.block_q, 2).repeat_interleave(self.block_k, 3)
+        return blocks[:, :, : self.seq_q, : self.seq_k]
+
+    def expand(self, batch: int, heads: int) -> BlockMask:
+        """The same mask with B and H written out, as views."""
+        return BlockMask(
+            self.kv_num_blocks.expand(batch, heads, -1),
+            self.kv_indices.expand(batch, heads, -1, -1),
+            self.block_q, self.block_k, self.seq_q, self.seq_k,
+        )
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """In which order a head's tokens are put into blocks, without moving them.
+
+    rows: [O, P] int32, the tensor row at each position; -1 is padding and contributes nothing.
+    head_order: [B, H] integers, which of the O orders a head uses; B and H may be 1.
+    A query order holds every row once, a key order at most once.
+    """
+
+    rows: Tensor
+    head_order: Tensor
+
+    def __post_init__(self):
+        if self.rows.dim() != 2 or self.rows.dtype != torch.int32:
+            raise ValueError(f"rows is {self.rows.dtype} {tuple(self.rows.shape)}: expected int32 [O, P]")
+        if self.head_order.dim() != 2 or self.head_order.is_floating_point():
+            raise ValueError(f"head_order is {self.head_order.dtype} {tuple(self.head_order.shape)}: expected integers [B, H]")
+
+    @property
+    def length(self) -> int:
+        """P, the number of positions, padding included."""
+        return self.rows.shape[1]
+
+    @classmethod
+    def shared(cls, rows: Tensor) -> TokenOrder:
+        """One order, [P] int32, for every head."""
+        return cls(rows[None], torch.zeros(1, 1, dtype=torch.int64, device=rows.device))
+
+    def expand(self, batch: int, heads: int) -> TokenOrder:
+        """The same order with B and H written out, as a view."""
+        return TokenOrder(self.rows, self.head_order.expand(batch, heads))
+
+    def positions(self, seq: int) -> Tensor:
+        """The inverse: [O, seq] int32, the position of each tensor row; -1 where the order leaves a row out."""
+        result = torch.full((self.rows.shape[0], seq + 1), -1, dtype=torch.int32, device=self.rows.device)
+        targets = torch.where(self.rows < 0, seq, self.rows).long()
+        places = torch.arange(self.length, dtype=torch.int32, device=self.rows.device).expand_as(targets)
+        return result.scatter_(1, targets, places)[:, :seq]
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """All that a sparse call needs beside q, k and v. What is profiled is what is executed."""
+
+    mask: BlockMask
+    q_order: TokenOrder | None = None
+    k_order: TokenOrder | None = None
+
+
+def block_rows(order: TokenOrder | None, length: int, block: int, device: torch.device) -> Tensor:
+    """The tensor rows of each block: int32 [O, blocks, block], -1 where a place holds none. O is 1 without an order."""
+    rows = torch.arange(length, dtype=torch.int32, device=device)[None] if order is None else order.rows
+    room = num_blocks(rows.shape[1], block) * block
+    rows = torch.nn.functional.pad(rows, (0, room - rows.shape[1]), value=-1)
+    return rows.view(rows.shape[0], -1, block)
+
+
+def _rows_in_blocks(order: TokenOrder | None, length: int, block: int, batch: int, heads: int, device: torch.device) -> Tensor:
+    """How many real rows each block holds: [B, H, blocks] int64."""
+    counts = (block_rows(order, length, block, device) >= 0).sum(-1)
+    if order is None:
+        return counts[None].expand(batch, heads, -1)
+    return counts[order.head_order.expand(batch, heads).long()]
+
+
+def density(plan: SparsePlan, seq_q: int, seq_k: int) -> Tensor:
+    """The share of query-key pairs that the plan computes, float64 [B, H]; only pairs of real rows count.
+
+    seq_q, seq_k: tokens (rows of q and of k), not positions.
+    """
+    mask = plan.mask
+    orders = [order.head_order for order in (plan.q_order, plan.k_order) if order is not None]
+    batch = max([mask.kv_indices.shape[0], *(order.shape[0] for order in orders)])
+    heads = max([mask.kv_indices.shape[1], *(order.shape[1] for order in orders)])
+    device = mask.kv_indices.device
+    queries = _rows_in_blocks(plan.q_order, seq_q, mask.block_q, batch, heads, device)
+    keys = _rows_in_blocks(plan.k_order, seq_k, mask.block_k, batch, heads, device)
+    indices = mask.kv_indices.expand(batch, heads, -1, -1)
+    used = torch.arange(indices.shape[-1], device=device) < mask.kv_num_blocks[..., None]
+    kept = keys[:, :, None].expand(-1, -1, indices.shape[2], -1).gather(-1, (indices * used).long()) * used
+    pairs = (kept.sum(-1) * queries).sum(-1)
+    return pairs.to(torch.float64 if device.type != "mps" else torch.float32) / (seq_q * seq_k)

@@ -1,0 +1,96 @@
+"""Why a backend cannot take a call: a sentence for the person, or None."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+
+BACKENDS = ("triton", "torch", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_MAX_HEAD_DIM = 256
+# Triton's matrix instructions need 16 rows; more than 128 by 128 does not fit the registers of any chip.
+TRITON_BLOCKS = (16, 32, 64, 128)
+
+# The Triton release that each torch release was built with, where torch's own metadata does not say so (Windows, CPU wheels).
+_TRITON_OF_TORCH = {"2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.13": "3.7"}
+
+
+def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None) -> str | None:
+    """Why `backend` ("triton", "torch", "reference") cannot take this call, as a sentence; None where it can.
+
+    q, k, v: [B, H, S, D]; only shape, dtype and device are read. Raises ValueError for a name that is no backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    return _why_not_triton(q, mask) if backend == "triton" else None
+
+
+def _why_not_triton(q: Tensor, mask: BlockMask | None) -> str | None:
+    missing = _why_no_triton()
+    if missing:
+        return missing
+    if q.dtype not in TRITON_DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > TRITON_MAX_HEAD_DIM:
+        return f"the Triton kernels take a head_dim up to {TRITON_MAX_HEAD_DIM}, not {q.shape[-1]}"
+    if mask is not None and not (mask.block_q in TRITON_BLOCKS and mask.block_k in TRITON_BLOCKS):
+        return f"the Triton kernels take blocks of {', '.join(map(str, TRITON_BLOCKS))}, not {mask.block_q} by {mask.block_k}"
+    if interpreted():
+        return "Triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
+    if q.device.type != "cuda":
+        return f"Triton needs a GPU (CUDA or ROCm), and these tensors are on {q.device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (7, 5):
+        return f"Triton needs compute capability 7.5 or later, and {torch.cuda.get_device_name(q.device)} is older"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, through its interpreter (TRITON_INTERPRET=1), for tests."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        import triton
+        import triton.language  # a broken install often fails only here
+    except Exception as error:  # a wrong build fails with whatever its C extension raises
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); for this torch install {fitting_triton()}"
+    wanted = _fitting_version()
+    have = ".".join(triton.__version__.split(".")[:2])
+    if wanted and tuple(map(int, have.split("."))) < tuple(map(int, wanted.split("."))):
+        return f"Triton {triton.__version__} is too old for torch {torch.__version__}; install {fitting_triton()}"
+    return None
+
+
+def fitting_triton() -> str:
+    """The package, as pip takes it, whose Triton fits the running torch."""
+    wanted = _fitting_version()
+    if platform.system() == "Windows":
+        if wanted is None:
+            return "the triton-windows release that its page names for this torch"
+        major, minor = map(int, wanted.split("."))
+        return f'"triton-windows<{major}.{minor + 1}"'
+    return f'"triton=={wanted}.*"' if wanted else "the triton release that came with this torch"
+
+
+@functools.cache
+def _fitting_version() -> str | None:
+    """major.minor of the Triton that torch's own metadata asks for, else of the table."""
+    try:
+        for requirement in importlib.metadata.requires("torch") or ():
+            found = re.match(r"(?:pytorch-)?triton(?:-rocm)?\s*\(?==\s*(\d+\.\d+)", requirement)
+            if found:
+                return found.group(1)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return _TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
