@@ -142,7 +142,6 @@ def test_flex_attention_agrees():
     flex_mask = create_block_mask(lambda b, h, i, j: blocks[0, h, i // 64, j // 64], 2, 2, 256, 256, device="cpu", BLOCK_SIZE=64)
     flex = flex_attention(q, k, v, block_mask=flex_mask)
     assert relative_error(kernels.block_sparse_attention(q, k, v, mask, backend="torch"), flex) < 1e-5
-    assert torch.equal(flex_mask.kv_num_blocks[:1], mask.kv_num_blocks)
 
 
 def test_blocks_survive_the_round_trip():

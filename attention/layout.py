@@ -1,0 +1,84 @@
+"""Where the video's tokens lie in an attention call's sequence, and the orders that its planners put them in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The boxes of tile order, (frames, height, width) in latent tokens: each fills a key block of 64.
+TILE = (4, 4, 4)
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """A sequence of `prefix` tokens, then frames x height x width video tokens in raster order, then `suffix` tokens.
+
+    frames, height, width: latent frames and the tokens of one after patchifying. Tokens before and after (text,
+    references) are sinks: always kept as keys, and always attending to everything.
+    """
+
+    frames: int
+    height: int
+    width: int
+    prefix: int = 0
+    suffix: int = 0
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def sink_tokens(self) -> int:
+        return self.prefix + self.suffix
+
+    @property
+    def seq_len(self) -> int:
+        return self.prefix + self.video_tokens + self.suffix
+
+    def __str__(self) -> str:
+        video = f"{self.frames} x {self.height} x {self.width} video tokens"
+        return f"{self.prefix} + {video} + {self.suffix}" if self.sink_tokens else video
+
+    def sink_rows(self, device: torch.device) -> Tensor:
+        """Tensor rows of the tokens before and after the video, int32 [prefix + suffix]."""
+        rows = torch.arange(self.seq_len, dtype=torch.int32, device=device)
+        return torch.cat([rows[: self.prefix], rows[self.prefix + self.video_tokens :]])
+
+    def video_rows(self, device: torch.device) -> Tensor:
+        """Tensor rows of the video, int32 [frames, height, width]."""
+        rows = torch.arange(self.prefix, self.prefix + self.video_tokens, dtype=torch.int32, device=device)
+        return rows.view(self.frames, self.height, self.width)
+
+
+def tile_major(rows: Tensor, tile: tuple[int, int, int] = TILE) -> Tensor:
+    """Video rows [frames, height, width] as one list in which every run of a tile's size is a compact box.
+
+    Boxes at the far edges are smaller, so blocks may straddle boxes; nothing is padded.
+    """
+    ranks = [torch.arange(size, device=rows.device) for size in rows.shape]
+    counts = [math.ceil(size / edge) for size, edge in zip(rows.shape, tile, strict=True)]
+    box = [rank // edge for rank, edge in zip(ranks, tile, strict=True)]
+    inside = [rank % edge for rank, edge in zip(ranks, tile, strict=True)]
+    key = torch.zeros(rows.shape, dtype=torch.int64, device=rows.device)
+    for parts, sizes in ((box, counts), (inside, tile)):
+        for axis, size in enumerate(sizes):
+            shape = [1, 1, 1]
+            shape[axis] = -1
+            key = key * size + parts[axis].view(shape)
+    return rows.flatten()[key.flatten().argsort()]
+
+
+def in_sections(sections: list[Tensor], block: int) -> Tensor:
+    """Sections of tensor rows, one after the other, each padded with -1 to a block's edge: int32 [P].
+
+    So no block holds two kinds of token, and "always keep the text" is a range of columns.
+    """
+    padded = [torch.nn.functional.pad(rows.flatten(), (0, -rows.numel() % block), value=-1) for rows in sections if rows.numel()]
+    return torch.cat(padded)

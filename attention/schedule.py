@@ -1,0 +1,104 @@
+"""Which steps and layers of a run stay dense, from the run's sigmas, never from counting calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# The paper's schedules are shares of the run: AdaSpa searches at steps 10 and 30 of 50 (section 4.3).
+WARMUP_PERCENT = 0.2
+REFRESH_PERCENT = 0.6
+# A run this short spends exactly one step on warm-up: more would eat the gain.
+FEW_STEPS = 8
+# Samplers hand back sigmas that went through other dtypes and devices.
+_SAME_SIGMA = 1e-4
+
+
+def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
+    """Ranges of layers from "0-2, -1": inclusive pairs, negative numbers counted from the end.
+
+    Raises ValueError naming the part that does not parse.
+    """
+    ranges = []
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        found = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
+        if not found:
+            raise ValueError(f'dense_layers: cannot read "{part.strip()}"; write numbers and ranges, as in "0-2, -1"')
+        first = int(found.group(1))
+        last = first if found.group(2) is None else int(found.group(2))
+        if (first < 0) == (last < 0) and last < first:
+            raise ValueError(f'dense_layers: "{part.strip()}" runs backwards')
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+def in_layers(layer: int, ranges: Sequence[tuple[int, int]], layers: int | None) -> bool:
+    """Whether `layer` lies in the ranges. Negative ends count only where the number of layers is known."""
+    for first, last in ranges:
+        if layers is None and (first < 0 or last < 0):
+            continue
+        low = first if first >= 0 else layers + first
+        high = last if last >= 0 else layers + last
+        if low <= layer <= high:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One run's steps: the first `warmup` and the last `end` of `steps` are dense; a refresh is due at `refresh_at`.
+
+    sigmas: the run's own, steps + 1 of them, falling.
+    """
+
+    sigmas: tuple[float, ...]
+    warmup: int
+    end: int
+    refresh_at: int | None
+
+    @property
+    def steps(self) -> int:
+        return max(len(self.sigmas) - 1, 1)
+
+    def step_of(self, sigma: float) -> int:
+        """The step that a sigma belongs to: the last one that starts at or above it."""
+        step = 0
+        for index in range(self.steps):
+            if self.sigmas[index] * (1 + _SAME_SIGMA) >= sigma:
+                step = index
+        return step
+
+    def is_warmup(self, step: int) -> bool:
+        return step < self.warmup
+
+    def is_end(self, step: int) -> bool:
+        return step >= self.steps - self.end
+
+
+def make_schedule(
+    sigmas: Sequence[float], percent_to_sigma: Callable[[float], float], sigma_max: float,
+    warmup_steps: int = -1, end_steps: int = 0, least_warmup: int = 0,
+) -> Schedule:
+    """The schedule of a run.
+
+    sigmas: the run's, falling. percent_to_sigma: the model's (0 is full noise, 1 is none). sigma_max: the model's.
+    warmup_steps: -1 is automatic: the steps above 20 percent; at least one when the run starts at full noise, exactly
+    one then where it has 8 steps or fewer; none in a second stage that starts below. N is this run's first N.
+    least_warmup: what a method needs at least.
+    """
+    sigmas = tuple(float(sigma) for sigma in sigmas)
+    steps = max(len(sigmas) - 1, 1)
+    if warmup_steps < 0:
+        threshold = percent_to_sigma(WARMUP_PERCENT)
+        warmup = sum(sigma > threshold * (1 + _SAME_SIGMA) for sigma in sigmas[:steps])
+        if sigmas[0] >= sigma_max * (1 - 1e-3):
+            warmup = 1 if steps <= FEW_STEPS else max(warmup, 1)
+    else:
+        warmup = warmup_steps
+    # The paper re-searches in the last step above its share, as its first search is in the last warm-up step.
+    threshold = percent_to_sigma(REFRESH_PERCENT)
+    above = sum(sigma > threshold * (1 + _SAME_SIGMA) for sigma in sigmas[:steps])
+    return Schedule(sigmas, max(min(warmup, steps), least_warmup), end_steps, above - 1 if above else None)
