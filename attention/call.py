@@ -14,11 +14,13 @@ from .layout import VideoLayout
 class Dense:
     """This call runs dense, and why, as a sentence for the person.
 
-    `planned` tells a choice (warm-up, a dense layer) from something that stood in the way; `strict` raises for the latter.
+    `planned` tells a choice (warm-up, a dense layer) from something that stood in the way; `strict` raises for the
+    latter. output: the dense output [B, H, S, D], where finding a plan computed it on the way.
     """
 
     reason: str
     planned: bool = False
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)

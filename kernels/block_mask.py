@@ -38,7 +38,8 @@ class BlockMask:
     def __post_init__(self):
         rows = num_blocks(self.seq_q, self.block_q)
         if self.kv_num_blocks.dim() != 3 or self.kv_num_blocks.shape[2] != rows:
-            raise ValueError(f"kv_num_blocks is {tuple(self.kv_num_blocks.shape)}: expected [B, H, {rows}] for {self.seq_q} positions in blocks of {self.block_q}")
+            shape = tuple(self.kv_num_blocks.shape)
+            raise ValueError(f"kv_num_blocks is {shape}: expected [B, H, {rows}] for {self.seq_q} positions in blocks of {self.block_q}")
         if self.kv_indices.dim() != 4 or self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
             raise ValueError(f"kv_indices is {tuple(self.kv_indices.shape)}: expected [*{tuple(self.kv_num_blocks.shape)}, M]")
 

@@ -1,0 +1,102 @@
+"""One call's way: gates, then the method's plan, then the kernel; or Dense with the reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels import BlockMask, SparsePlan, TokenOrder
+from .call import AttentionCall, Dense
+from .schedule import in_layers
+from .session import Session
+
+# Below these lengths planning and short index lists cost more than the skipped pairs save.
+# "cpu": measured, benchmarks/results/cpu_min_tokens.md. "gpu": not measured yet; low enough to leave no video out.
+MIN_TOKENS = {"cpu": 4096, "gpu": 4096}
+
+
+def sparse_attention(call: AttentionCall, session: Session) -> Tensor | Dense:
+    """The call's output [B, H, S, D], computed sparsely; or Dense, with the output where planning computed it."""
+    refusal = _gate(call, session)
+    if refusal is not None:
+        return refusal
+    try:
+        return _plan_and_run(call, session)
+    except torch.OutOfMemoryError:
+        heads = session.head_chunk or call.q.shape[1]
+        session.head_chunk = max(1, heads // 2)
+        session.note(f"out of memory in the sparse path: that call ran dense, and from then on {session.head_chunk} heads are computed at a time")
+        return Dense("out of memory in the sparse path")
+
+
+def _plan_and_run(call: AttentionCall, session: Session) -> Tensor | Dense:
+    state = session.state(call)
+    plan = session.method.plan(call, session.config, state)
+    if isinstance(plan, Dense):
+        return plan
+    out = _run(call, plan, session)
+    session.record.sparse(call, state.figures)
+    return out
+
+
+def _gate(call: AttentionCall, session: Session) -> Dense | None:
+    """Why this call stays dense before any tensor is read."""
+    if session.disabled:
+        return Dense(session.disabled)
+    schedule, config = session.schedule, session.config
+    if call.step < session.first_step:
+        return Dense("warm-up step", planned=True)
+    if schedule.is_end(call.step):
+        return Dense("one of the last steps", planned=True)
+    if in_layers(call.layer, session.dense_layers, session.layers):
+        return Dense("dense layer", planned=True)
+    if call.q.shape[2] != call.layout.seq_len:
+        return Dense(f"the sequence has {call.q.shape[2]} tokens, the layout {call.layout} has {call.layout.seq_len}")
+    if call.layout.frames == 1:
+        return Dense("one latent frame: there are no other frames to skip")
+    if call.q.shape != call.k.shape:
+        return Dense(f"q {tuple(call.q.shape)} and k {tuple(call.k.shape)} differ (grouped heads or another length)")
+    least = config.min_tokens if config.min_tokens >= 0 else MIN_TOKENS["cpu" if call.q.device.type == "cpu" else "gpu"]
+    if call.q.shape[2] < least:
+        return Dense(f"{call.q.shape[2]} tokens are fewer than min_tokens ({least})", planned=True)
+    if session.backend != "auto":
+        reason = kernels.why_not(session.backend, call.q, call.k, call.v)
+        if reason is not None:
+            return Dense(reason)
+    if session.record.backend is None:
+        _say_backend(call, session)
+    return None
+
+
+def _say_backend(call: AttentionCall, session: Session) -> None:
+    session.record.backend = kernels.choose_backend(session.backend, call.q, call.k, call.v)
+    reason = kernels.why_not("triton", call.q, call.k, call.v) if session.record.backend != "triton" and session.backend == "auto" else None
+    if reason:
+        session.note(f"torch backend: {reason}")
+
+
+def _run(call: AttentionCall, plan: SparsePlan, session: Session) -> Tensor:
+    heads = call.q.shape[1]
+    if session.head_chunk is None or session.head_chunk >= heads:
+        return _kernel(call, plan, session.backend, slice(None))
+    parts = [_kernel(call, plan, session.backend, slice(start, start + session.head_chunk)) for start in range(0, heads, session.head_chunk)]
+    return torch.cat(parts, 1)
+
+
+def _kernel(call: AttentionCall, plan: SparsePlan, backend: str, heads: slice) -> Tensor:
+    mask, q_order, k_order = (_heads_of(part, call.q.shape, heads) for part in (plan.mask, plan.q_order, plan.k_order))
+    return kernels.block_sparse_attention(
+        call.q[:, heads], call.k[:, heads], call.v[:, heads], mask, q_order=q_order, k_order=k_order,
+        scale=call.scale, key_bias=call.key_bias, backend=backend,
+    )
+
+
+def _heads_of(part: BlockMask | TokenOrder | None, shape: torch.Size, heads: slice) -> BlockMask | TokenOrder | None:
+    """The mask or order of some heads, as a view."""
+    if part is None or heads == slice(None):
+        return part
+    part = part.expand(shape[0], shape[1])
+    if isinstance(part, TokenOrder):
+        return TokenOrder(part.rows, part.head_order[:, heads])
+    return BlockMask(part.kv_num_blocks[:, heads], part.kv_indices[:, heads], part.block_q, part.block_k, part.seq_q, part.seq_k)

@@ -1,0 +1,295 @@
+"""AdaSpa: the blocks that matter are searched once, exactly, and reused across denoising steps.
+
+Paper: arXiv 2502.21079 v1 (ICCV 2025), section 4. No code by its authors is public; the choices below are ours.
+
+The last warm-up step runs dense and keeps each row's log-sum-exp; from it the softmax mass of every pair of blocks is
+summed (equation 13), and each row of blocks keeps its heaviest ones (equation 14). Later searches reuse that first
+LSE and need one pass over q and k, no softmax. Text is always kept, as keys and as queries.
+What the paper leaves open, and what is done here:
+- Text counts in the budget, and the video rows of a head keep equally many blocks.
+- Head-adaptive sparsity (section 4.2) is decided for each batch entry alone. At most half of the heads can be raised,
+  and the step up and down is cut so that both ends stay possible; so the mean is always the one asked for.
+- Recall is the kept share of the actual sum of masses, since a cached LSE makes rows not sum to one.
+- Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run.
+- Blocks are 128 queries by 64 keys (the paper: 64 by 64). With `token_order` "tile", blocks are compact boxes of video
+  rather than runs of a raster line; "raster" is the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...kernels import BlockMask, SparsePlan, TokenOrder
+from ..budget import BLOCK_K, BLOCK_Q, limit_note, pairs_allowed, pairs_of_sinks
+from ..call import AttentionCall, Dense
+from ..config import MethodConfig
+from ..layout import VideoLayout, in_sections, tile_major
+from ..record import Figures
+from ..schedule import Schedule
+from ..session import Found, LayerState
+
+NAME = "AdaSpa"
+# Above this recall a head has more blocks than it needs (section 4.2).
+_EASY_RECALL = 0.8
+# Bytes of block masses searched at a time.
+_SEARCH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class AdaSpaConfig(MethodConfig):
+    """AdaSpa's knobs.
+
+    head_adaptive: heads that need less give blocks to heads that need more, around the same mean.
+    token_order: "tile" (blocks are compact boxes) or "raster" (the paper).
+    """
+
+    head_adaptive: bool = True
+    token_order: str = "tile"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choice("token_order", ("raster", "tile"))
+
+
+CONFIG = AdaSpaConfig
+
+
+def first_step(schedule: Schedule) -> int:
+    """The first step that this method has a part in: the search is in the last warm-up step."""
+    return max(schedule.warmup - 1, 0)
+
+
+def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> SparsePlan | Dense:
+    """The newest blocks found; searches where that is due. A first search computes the call's dense output on its way."""
+    run = state.run
+    blocks = run.shared(("adaspa", call.q.device, call.layout), lambda: VideoBlocks.build(call.layout, config, call.q.device))
+    if blocks.limit:
+        run.note(blocks.limit)
+    found = state.found
+    if found is None:
+        return _first_search(call, config, state, blocks)
+    if call.step < run.schedule.warmup:
+        return Dense("warm-up step", planned=True)
+    if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
+        state.found = _search(call, config, state, blocks, found.lse.float())
+    state.figures = Figures(density=state.found.what.density, recall=state.found.what.recall)
+    return blocks.plan(state.found.what)
+
+
+def _due(refresh: int, schedule: Schedule, found_at: int, step: int) -> bool:
+    if refresh < 0:  # the paper: once more
+        return schedule.refresh_at is not None and found_at < schedule.refresh_at <= step
+    return refresh > 0 and step - found_at >= refresh
+
+
+def _due_later(refresh: int, schedule: Schedule, step: int) -> bool:
+    if refresh < 0:
+        return schedule.refresh_at is not None and schedule.refresh_at > step
+    return refresh > 0 and step + refresh < schedule.steps
+
+
+def _first_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
+    """Fused search: dense attention that hands out its LSE, then the block masses from it."""
+    out, lse = kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)
+    state.found = _search(call, config, state, blocks, lse)
+    return Dense("search step", planned=True, output=out)
+
+
+def _search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, lse: Tensor) -> Found:
+    """Block masses by groups of heads, then the choice of blocks over all heads together."""
+    batch, heads = call.q.shape[:2]
+    ranks, share, totals = [], [], []
+    group = max(1, min(state.run.head_chunk or heads, _SEARCH_BYTES // (batch * blocks.rows * blocks.columns * 4)))
+    for start in range(0, heads, group):
+        part = slice(start, start + group)
+        mass = kernels.block_mass(
+            call.q[:, part], call.k[:, part], lse[:, part], BLOCK_Q, BLOCK_K, q_order=blocks.q_order, k_order=blocks.k_order,
+            scale=call.scale, key_bias=call.key_bias, backend=state.run.backend,
+        )
+        video = mass[:, :, blocks.sink_rows :, blocks.sink_columns :]
+        ordered, places = video.sort(dim=-1, descending=True, stable=True)
+        # One count serves all rows of a head, so what a count keeps is summed over its rows once, for every count.
+        share.append(ordered.sum(2, dtype=torch.float32).cumsum(-1))
+        totals.append(mass.sum((2, 3)))
+        counting = torch.arange(video.shape[-1], dtype=torch.int16 if video.shape[-1] < 2**15 else torch.int32, device=mass.device)
+        ranks.append(torch.empty(video.shape, dtype=counting.dtype, device=mass.device).scatter_(-1, places, counting.expand(video.shape)))
+    choice = _choose(torch.cat(ranks, 1), torch.cat(share, 1), torch.cat(totals, 1), blocks, config)
+    state.run.record.searched(call.step)
+    keep_lse = lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None
+    return Found(call.step, choice, keep_lse)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The blocks of one layer and condition. bits: uint8 [B, H, Q, ceil(K/8)]; density, recall: [B, H], on the CPU."""
+
+    bits: Tensor
+    max_count: int
+    density: Tensor
+    recall: Tensor
+
+
+def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, config: AdaSpaConfig) -> Choice:
+    """Equation 14 and section 4.2.
+
+    ranks: [B, H, Qv, Kv], the place of each video block in its row, heaviest first. share: [B, H, Kv], the mass that
+    each count of blocks keeps. totals: [B, H], all mass, sinks included.
+    """
+    costs = blocks.costs(ranks).cpu()
+    share, totals = share.double().cpu(), totals.double().cpu()
+    always = totals - share[..., -1]  # the sinks' mass
+
+    def recall(counts: Tensor) -> Tensor:
+        return (share.gather(-1, counts[..., None] - 1)[..., 0] + always) / totals
+
+    uniform = torch.full(totals.shape, config.sparsity, dtype=torch.float64)
+    counts = blocks.counts(costs, uniform)
+    if config.head_adaptive:
+        counts = blocks.counts(costs, adapted_sparsity(recall(counts), config.sparsity, blocks.most_sparsity))
+    keep = blocks.with_sinks(ranks < counts.to(ranks.device)[..., None, None])
+    pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
+    return Choice(
+        bits=_pack(keep), max_count=blocks.most_blocks_of_a_row(int(counts.max())),
+        density=(pairs / blocks.layout.seq_len**2).float(), recall=recall(counts).float(),
+    )
+
+
+def adapted_sparsity(recall: Tensor, sparsity: float, most: float) -> Tensor:
+    """Each head's own sparsity around the mean (section 4.2): float64 [B, H] from recall [B, H].
+
+    n heads of recall above 0.8 may be sparser; as many of the lowest recall are denser: (1+s)/2 and (3s-1)/2, both
+    half the distance to 1 from s; less where that would leave what is possible, 0 to `most`.
+    """
+    step = max(min((1 - sparsity) / 2, most - sparsity, sparsity), 0.0)
+    result = torch.full(recall.shape, sparsity, dtype=torch.float64)
+    for entry, of_heads in zip(result, recall, strict=True):
+        easy = min(int((of_heads > _EASY_RECALL).sum()), recall.shape[1] // 2)
+        by_recall = of_heads.argsort(descending=True, stable=True)
+        entry[by_recall[:easy]] += step
+        entry[by_recall[len(by_recall) - easy :]] -= step
+    return result
+
+
+@dataclass(frozen=True)
+class VideoBlocks:
+    """The blocks of one layout on one device: sinks first, then the video.
+
+    q_order, k_order: None where positions are rows. rows, columns: blocks in all; sink_rows, sink_columns: those of
+    the tokens before and after the video. paid: pairs of the sinks. limit: what to say where the budget cannot be met.
+    """
+
+    layout: VideoLayout
+    q_order: TokenOrder | None
+    k_order: TokenOrder | None
+    positions_q: int
+    positions_k: int
+    paid: int
+    limit: str | None
+    sparsity: float
+
+    @classmethod
+    def build(cls, layout: VideoLayout, config: AdaSpaConfig, device: torch.device) -> VideoBlocks:
+        """Orders and budget of a layout."""
+        if config.token_order == "raster" and not layout.sink_tokens:
+            q_order = k_order = None
+            positions_q = positions_k = layout.seq_len
+        else:
+            video = layout.video_rows(torch.device("cpu"))
+            video = tile_major(video) if config.token_order == "tile" else video.flatten()
+            sections = [layout.sink_rows(video.device), video]
+            q_rows, k_rows = in_sections(sections, BLOCK_Q), in_sections(sections, BLOCK_K)
+            q_order, k_order = TokenOrder.shared(q_rows.to(device)), TokenOrder.shared(k_rows.to(device))
+            positions_q, positions_k = len(q_rows), len(k_rows)
+        paid = pairs_of_sinks(layout)
+        blocks = cls(layout, q_order, k_order, positions_q, positions_k, paid, None, config.sparsity)
+        least = paid + layout.video_tokens * min(blocks.least_count * BLOCK_K, layout.video_tokens)
+        if least <= pairs_allowed(layout, config.sparsity):
+            return blocks
+        return cls(layout, q_order, k_order, positions_q, positions_k, paid, limit_note(layout, least), config.sparsity)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.positions_q // BLOCK_Q)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.positions_k // BLOCK_K)
+
+    @property
+    def sink_rows(self) -> int:
+        return -(-self.layout.sink_tokens // BLOCK_Q)
+
+    @property
+    def sink_columns(self) -> int:
+        return -(-self.layout.sink_tokens // BLOCK_K)
+
+    @property
+    def least_count(self) -> int:
+        """As many video blocks as a query block's own keys fill."""
+        return min(BLOCK_Q // BLOCK_K, self.columns - self.sink_columns)
+
+    @property
+    def most_sparsity(self) -> float:
+        """The largest sparsity that leaves every row the sinks and its least count."""
+        least = self.paid + self.layout.video_tokens * min(self.least_count * BLOCK_K, self.layout.video_tokens)
+        return 1 - least / self.layout.seq_len**2
+
+    def most_blocks_of_a_row(self, count: int) -> int:
+        """The room that index lists need where video rows keep `count` video blocks."""
+        return self.columns if self.sink_rows else self.sink_columns + count
+
+    def costs(self, ranks: Tensor) -> Tensor:
+        """Pairs that each count of video blocks costs a head, float64 [B, H, Kv]: exact, though the last block may be short."""
+        video = self.layout.video_tokens
+        columns = ranks.shape[-1]
+        full = torch.arange(1, columns + 1, dtype=torch.float64, device=ranks.device) * (BLOCK_K * video)
+        missing = columns * BLOCK_K - video
+        row_sizes = torch.full((ranks.shape[2],), BLOCK_Q, dtype=torch.float64, device=ranks.device)
+        row_sizes[-1] -= ranks.shape[2] * BLOCK_Q - video
+        # A row has the short last block from the count on that exceeds the block's rank.
+        with_last = torch.zeros(*ranks.shape[:2], columns, dtype=torch.float64, device=ranks.device)
+        with_last.scatter_add_(-1, ranks[..., -1].long(), row_sizes.expand(*ranks.shape[:3]))
+        return full - missing * with_last.cumsum(-1)
+
+    def counts(self, costs: Tensor, sparsity: Tensor) -> Tensor:
+        """Video blocks a row for each head, int64 [B, H], so that the mean cost is nearest to the mean target.
+
+        costs: [B, H, Kv] of `costs`; sparsity: [B, H], each head's own.
+        """
+        target = (1 - sparsity) * self.layout.seq_len**2 - self.paid
+        counts = (costs - target[..., None]).abs().argmin(-1).clamp(min=self.least_count - 1)
+        short = target - costs.gather(-1, counts[..., None])[..., 0]
+        # Each head is off by up to half a block a row; the heads that are off most make up for the sum.
+        steps = round(float(short.sum()) / (BLOCK_K * self.layout.video_tokens))
+        worst = (short if steps > 0 else -short).flatten().argsort(descending=True, stable=True)[: abs(steps)]
+        counts.view(-1)[worst] += 1 if steps > 0 else -1
+        return counts.clamp(self.least_count - 1, costs.shape[-1] - 1) + 1
+
+    def with_sinks(self, video: Tensor) -> Tensor:
+        """The map of all blocks from that of the video's: bool [B, H, Q, K]."""
+        blocks = torch.ones(*video.shape[:2], self.rows, self.columns, dtype=torch.bool, device=video.device)
+        blocks[:, :, self.sink_rows :, self.sink_columns :] = video
+        return blocks
+
+    def plan(self, choice: Choice) -> SparsePlan:
+        """The plan of a choice, its bits written out as index lists."""
+        blocks = _unpack(choice.bits, self.columns)
+        mask = BlockMask.from_blocks(blocks, BLOCK_Q, BLOCK_K, self.positions_q, self.positions_k, max_count=choice.max_count)
+        return SparsePlan(mask, self.q_order, self.k_order)
+
+
+def _pack(blocks: Tensor) -> Tensor:
+    """bool [..., K] as bits, uint8 [..., ceil(K/8)]: a plan of 60 layers has to stay small."""
+    padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % 8)).view(*blocks.shape[:-1], -1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, columns: int) -> Tensor:
+    """The inverse of `_pack`."""
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] & weights) != 0).flatten(-2)[..., :columns]
