@@ -1,17 +1,11 @@
-"""Loads the pack as ComfyUI does: by path, under a name of its own, whatever its folder is called."""
+"""The pack as the module `pack`, and the tests' own helpers (oracle, cases, doubles) on the path."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
 
-# `python -m pytest` puts the root on the path, where our `nodes` would shadow ComfyUI's module of that name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path.insert(0, str(ROOT / "tests"))  # the tests' own helpers: oracle, cases, doubles
+from load_pack import load_pack  # noqa: E402
 
-if "pack" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pack"] = module
-    spec.loader.exec_module(module)
+load_pack()

@@ -102,7 +102,7 @@ def launch(
         elif kernel == "block_mass":
             module.block_mass(q, k, torch.zeros(q.shape[:3]), *blocks, order, order, 0.1, key_bias)
         else:
-            module.sampled_errors(q, k, v, torch.arange(64), [SparsePlan(mask, order, order), SparsePlan(mask)], 0.1, key_bias)
+            module.sampled_errors(q, k, v, torch.arange(64) % seq, [SparsePlan(mask, order, order), SparsePlan(mask)], 0.1, key_bias)
     return Launch(getattr(module, name), recorder.args, recorder.kwargs)
 
 

@@ -1,4 +1,5 @@
-"""The methods, one file each: NAME, CONFIG, first_step(schedule), plan(call, config, state) -> SparsePlan | Dense."""
+"""The methods, one file each: NAME, CONFIG, LEAST_WARMUP (steps), first_step(schedule),
+plan(call, config, state) -> SparsePlan | Dense."""
 
 from . import adaspa, svg
 

@@ -33,6 +33,7 @@ from ..schedule import Schedule
 from ..session import Found, LayerState
 
 NAME = "AdaSpa"
+LEAST_WARMUP = 1
 # Above this recall a head has more blocks than it needs (section 4.2).
 _EASY_RECALL = 0.8
 # Bytes of block masses searched at a time.

@@ -33,6 +33,7 @@ from ..schedule import Schedule
 from ..session import Found, LayerState
 
 NAME = "SVG"
+LEAST_WARMUP = 0
 SPATIAL, TEMPORAL = 0, 1
 
 

@@ -1,0 +1,16 @@
+"""The only room that knows ComfyUI. Here: the extension, an explicit list of nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .adaspa import SparseAttentionPatchAdaSpa
+from .report import SparseAttentionReport
+from .svg import SparseAttentionPatchSVG
+
+NODES: list[type[io.ComfyNode]] = [SparseAttentionPatchSVG, SparseAttentionPatchAdaSpa, SparseAttentionReport]
+
+
+class SparseVideoAttentionExtension(ComfyExtension):
+    """The pack, as ComfyUI loads it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

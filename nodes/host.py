@@ -1,0 +1,58 @@
+"""What is taken from ComfyUI beyond its node API, and what is looked for before it is used. 0.23 is the oldest supported."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+OVERRIDE = "optimized_attention_override"
+# Our name in everything of the host's that is shared by name.
+KEY = "sparse_video_attention"
+
+log = logging.getLogger(KEY)
+
+
+def clone_model_options(options: dict) -> dict:
+    """A copy of a guider's model_options whose containers are its own and whose values are shared."""
+    return comfy.model_patcher.create_model_options_clone(options)
+
+
+def outside_recording() -> contextlib.AbstractContextManager:
+    """ComfyUI 0.34 and later may record a block's allocations and replay them: what outlives the block must not be among them."""
+    try:
+        import comfy.model_prefetch
+
+        pause = getattr(comfy.model_prefetch, "pause_malloc_graph", None)
+    except ImportError:
+        pause = None
+    return pause() if pause is not None else contextlib.nullcontext()
+
+
+def executing_node() -> str | None:
+    """The id of the node that runs now; None outside a prompt."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None
+    context = get_executing_context()
+    return None if context is None else str(context.node_id)
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Writes a line on a node, in the browser that queued the prompt. Without a server or a node it does nothing."""
+    if node_id is None:
+        return
+    try:
+        from server import PromptServer
+
+        server: Any = getattr(PromptServer, "instance", None)
+    except ImportError:
+        return
+    if server is not None:
+        server.send_progress_text(text, node_id, server.client_id)

@@ -1,0 +1,281 @@
+"""Puts a method on a model: wrappers that begin a run, install the attention override for it, and end it.
+
+The patched model carries wrappers and a log, no state. OUTER_SAMPLE makes a session, puts the override into the
+guider's options of this run, on top of whatever override stands there by then, and undoes it all at the end. APPLY_MODEL
+reads the clock once an evaluation and hands the evaluation to the override through its own copy of the options.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.call import AttentionCall, Dense
+from ..attention.config import MethodConfig
+from ..attention.dispatch import sparse_attention
+from ..attention.layout import VideoLayout
+from ..attention.record import RunRecord
+from ..attention.schedule import make_schedule
+from ..attention.session import Session
+from . import host, video_models
+from .status import StatusLine
+from .video_models import Evaluation, VideoModel
+
+
+class RunLog:
+    """The records of a model's newest runs, shared by its clones."""
+
+    def __init__(self):
+        self.runs: deque[RunRecord] = deque(maxlen=16)
+
+    def newest_of(self, node_id: str) -> RunRecord | None:
+        """The newest run that this node sampled."""
+        return next((run for run in reversed(self.runs) if run.node == node_id), None)
+
+
+def install(model: Any, method: ModuleType, config: MethodConfig, node_id: str | None) -> Any:
+    """A clone of `model` (a ModelPatcher) whose runs use `method`. A patch of ours that it already carries gives way."""
+    patched = model.clone()
+    replaced = bool(model.get_wrappers(host.OUTER_SAMPLE, host.KEY))
+    for kind in (host.OUTER_SAMPLE, host.APPLY_MODEL):
+        patched.remove_wrappers_with_key(kind, host.KEY)
+    log = RunLog()
+    patched.set_attachments(host.KEY, log)
+    note = f"An earlier sparse attention patch on this model gave way to this {method.NAME} one" if replaced else None
+    if note:
+        host.show_text(note, node_id)
+    patched.add_wrapper_with_key(host.OUTER_SAMPLE, host.KEY, _Run(method, config, node_id, log, note))
+    patched.add_wrapper_with_key(host.APPLY_MODEL, host.KEY, _evaluate)
+    return patched
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The OUTER_SAMPLE wrapper: one call is one run. It holds settings, and the log that records go into."""
+
+    method: ModuleType
+    config: MethodConfig
+    node_id: str | None
+    log: RunLog
+    note: str | None
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        kept = guider.model_options
+        options = host.clone_model_options(kept)
+        session = self._session(guider, *args, **kwargs)
+        status = StatusLine(self.node_id)
+        transformer_options = options.setdefault("transformer_options", {})
+        override = _make_override(session, transformer_options.get(host.OVERRIDE))
+        transformer_options[host.OVERRIDE] = override
+        transformer_options[host.KEY] = _Active(session, status, override)
+        guider.model_options = options
+        record = session.record
+        try:
+            result = executor(*args, **kwargs)
+            record.outcome = "finished"
+            return result
+        except BaseException as error:  # an interrupt too: the record says how the run ended
+            record.outcome = "interrupted" if "Interrupt" in type(error).__name__ else f"failed ({type(error).__name__})"
+            raise
+        finally:
+            guider.model_options = kept
+            session.end()
+            self.log.runs.append(record)
+            status.close(record)
+
+    def _session(
+        self, guider: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor,
+        denoise_mask: Any = None, callback: Any = None, disable_pbar: bool = False, seed: int | None = None, **kwargs: Any,
+    ) -> Session:
+        """A fresh session. Thresholds are read now, since a later node may have changed the model's sampling."""
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        schedule = make_schedule(
+            sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), float(sampling.sigma_max),
+            self.config.warmup_steps, self.config.end_steps, self.method.LEAST_WARMUP,
+        )
+        network = guider.model_patcher.get_model_object("diffusion_model")
+        row = video_models.find(network)
+        layers = None if isinstance(row, Dense) else row.layers(network)
+        record = RunRecord(self.method.NAME, self.config, schedule.steps, layers, seed or 0, schedule.warmup)
+        record.model = type(network).__name__ if isinstance(row, Dense) else row.name
+        record.node = host.executing_node()
+        if self.note:
+            record.note(self.note)
+        return Session(self.method, self.config, schedule, seed or 0, record, layers)
+
+
+@dataclass(frozen=True)
+class _Active:
+    """What a run leaves in its own options for its evaluations."""
+
+    session: Session
+    status: StatusLine
+    override: Callable
+
+
+@dataclass
+class _Forward:
+    """One evaluation of the model: who asks (conditions), when (step), about what (evaluation). `calls` counts video calls."""
+
+    active: _Active
+    model: VideoModel | Dense
+    evaluation: Evaluation
+    step: int
+    conditions: tuple[Hashable, ...]
+    calls: int = 0
+    layout: VideoLayout | Dense | None = None
+
+    def layout_for(self, options: dict) -> VideoLayout | Dense:
+        if self.layout is None:
+            self.layout = self.model if isinstance(self.model, Dense) else self.model.layout(self.evaluation, options)
+        return self.layout
+
+
+def _evaluate(
+    executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+    transformer_options: dict | None = None, **kwargs: Any,
+) -> Any:
+    """The APPLY_MODEL wrapper: once an evaluation, outside of any block."""
+    options = dict(transformer_options or {})
+    active = options.get(host.KEY)
+    if isinstance(active, _Active):
+        session = active.session
+        if options.get(host.OVERRIDE) is not active.override:
+            session.note("another node replaced the attention override during this run, so its attention is not this node's")
+        step = session.schedule.step_of(float(t.flatten()[0]))
+        session.record.step = step
+        session.record.flush()
+        active.status.show(session.record)
+        network = executor.class_obj.diffusion_model
+        evaluation = Evaluation(network, x, c_crossattn, kwargs)
+        options[host.KEY] = _Forward(active, video_models.find(network), evaluation, step, _conditions(options))
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _conditions(options: dict) -> tuple[Hashable, ...]:
+    """A name for each condition in the batch that stays the same through the run, whichever come together."""
+    window = options.get("context_window")
+    frames = None if window is None else tuple(getattr(window, "index_list", ()))
+    names = options.get("uuids") or options.get("cond_or_uncond") or ("all",)
+    return tuple((str(name), frames) for name in names)
+
+
+def _make_override(session: Session, previous: Callable | None) -> Callable:
+    """The attention override of one run. `previous` is the override that dense calls go through, if there is one."""
+
+    def run_dense(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+
+    @torch.compiler.disable
+    def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = kwargs.get("transformer_options") or {}
+        forward = options.get(host.KEY)
+        if not isinstance(forward, _Forward):
+            return run_dense(func, q, k, v, *args, **kwargs)
+        heads = args[0] if args else kwargs["heads"]
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        split = kwargs.get("skip_reshape", False)
+        if not split:
+            dim = q.shape[-1] // heads
+            parts = [tensor.unflatten(-1, (-1, dim)).transpose(1, 2) for tensor in (q, k, v)]
+        else:
+            parts = [q, k, v]
+        result = _attend(forward, *parts, mask, kwargs.get("scale"), options, lambda: run_dense(func, q, k, v, *args, **kwargs))
+        if isinstance(result, Dense):
+            return run_dense(func, q, k, v, *args, **kwargs)
+        return result if kwargs.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
+
+    return override
+
+
+def _attend(
+    forward: _Forward, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, options: dict, run_dense: Callable[[], Tensor],
+) -> Tensor | Dense:
+    """One call of the host's, [B, H, S, D] in and out, condition by condition; Dense where it is the host's to compute."""
+    layout = forward.layout_for(options)
+    same = q.shape[2] == k.shape[2]
+    if isinstance(layout, Dense):
+        return _stay_dense(forward, None, layout) if same else layout
+    if not same and q.shape[2] == layout.seq_len:
+        return Dense("cross-attention", planned=True)  # no business of ours, and not counted
+    layer = forward.model.layer(forward.evaluation.network, options, forward.calls)
+    if layer is None:
+        return Dense("not a layer of the video", planned=True)
+    forward.calls += 1
+    bias = _key_bias(mask, k)
+    if isinstance(bias, Dense):
+        return _stay_dense(forward, layer, bias)
+    if len(q) % len(forward.conditions):
+        return _stay_dense(forward, layer, Dense(f"{len(q)} rows do not divide among {len(forward.conditions)} conditions"))
+    size = len(q) // len(forward.conditions)
+    outputs = []
+    for number, condition in enumerate(forward.conditions):
+        rows = slice(number * size, (number + 1) * size)
+        part = bias if bias is None or len(bias) == 1 else bias[rows]
+        call = AttentionCall(q[rows], k[rows], v[rows], layout, layer, forward.step, condition, scale, part)
+        outputs.append(_compute(call, forward))
+    if all(isinstance(output, Dense) and output.output is None for output in outputs):
+        return outputs[0]
+    return _join(outputs, q.shape, size, run_dense)
+
+
+def _compute(call: AttentionCall, forward: _Forward) -> Tensor | Dense:
+    """One condition's call. An unexpected error is told once, and the rest of the run is dense."""
+    session = forward.active.session
+    try:
+        with host.outside_recording():
+            result = sparse_attention(call, session)
+    except Exception as error:
+        if session.config.strict:
+            raise
+        host.log.exception("the sparse path failed; the rest of this run is dense")
+        session.disabled = f"the sparse path failed ({type(error).__name__}: {error})"
+        result = Dense(session.disabled)
+    return _stay_dense(forward, call.layer, result, 1) if isinstance(result, Dense) else result
+
+
+def _stay_dense(forward: _Forward, layer: int | None, dense: Dense, conditions: int | None = None) -> Dense:
+    """Puts a dense call on record; `strict` makes an error of what was not planned."""
+    session = forward.active.session
+    if session.config.strict and not dense.planned:
+        raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}")
+    session.record.dense(forward.step, layer, dense.reason, conditions or len(forward.conditions))
+    return dense
+
+
+def _join(outputs: list[Tensor | Dense], shape: torch.Size, size: int, run_dense: Callable[[], Tensor]) -> Tensor:
+    """The outputs of all conditions, [B, H, S, D]. Where one has none, the host computes the call and its part is taken."""
+    whole = None
+    parts = []
+    for number, output in enumerate(outputs):
+        part = output.output if isinstance(output, Dense) else output
+        if part is None:
+            if whole is None:
+                whole = run_dense()
+                whole = whole if whole.dim() == 4 else whole.unflatten(2, (shape[1], -1)).transpose(1, 2)
+            part = whole[number * size : (number + 1) * size]
+        parts.append(part)
+    # Joined as [B, S, H, D], the layout that hosts take it in.
+    return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
+
+
+def _key_bias(mask: Tensor | None, k: Tensor) -> Tensor | Dense | None:
+    """A mask that says the same to every head and query, as a bias [B or 1, S_k]; Dense for any other."""
+    if mask is None:
+        return None
+    shape = tuple(mask.shape)
+    while mask.dim() < 4:  # as the host reads them: [q, k], [batch, q, k], [batch, head, q, k]
+        mask = mask.unsqueeze(0 if mask.dim() == 2 else 1) if mask.dim() >= 2 else mask.unsqueeze(0)
+    if mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != k.shape[2] or mask.shape[0] not in (1, len(k)):
+        return Dense(f"the attention mask {shape} is not one of keys")
+    bias = mask[:, 0, 0]
+    if bias.dtype == torch.bool:
+        return torch.where(bias, 0.0, -torch.inf)
+    return bias

@@ -1,0 +1,76 @@
+"""The node "Sparse Attention Report": what a run did, as a picture and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..attention.record import SCHEMA, RunRecord
+from . import host
+from .inputs import CATEGORY
+from .patch import RunLog
+from .report_picture import draw, draw_message
+
+
+class SparseAttentionReport(io.ComfyNode):
+    """The record of the run that made `samples`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SparseAttentionReport",
+            display_name="Sparse Attention Report",
+            category=CATEGORY,
+            description="Tells what the sparse attention of a run did: how much was skipped, by layer and step, why calls stayed dense, "
+            "and what the method found. Put it between the sampler and the decoder.",
+            search_aliases=["sparse attention report", "sparsity report", "SVG report", "AdaSpa report"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that was sampled: the output of a sparse attention patch, or a later node's."),
+                io.Latent.Input("samples", optional=True, tooltip="The sampler's output; it passes through, so that the report comes after the run."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples", tooltip="The same latent."),
+                io.Image.Output(display_name="picture", tooltip="Skipped share by layer and step, and what the method found."),
+                io.String.Output(display_name="json", tooltip="The record as JSON."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, samples: dict | None = None) -> io.NodeOutput:
+        record = _find(model, cls.hidden.prompt or {}, str(cls.hidden.unique_id))
+        if isinstance(record, RunRecord):
+            data = record.to_json()
+            image = draw(data)
+        else:
+            data = {"schema": SCHEMA, "method": None, "why": record}
+            image = draw_message(record)
+        return io.NodeOutput(samples, image, json.dumps(data, indent=1), ui=ui.PreviewImage(image, cls=cls))
+
+
+def _find(model: Any, prompt: dict, node_id: str) -> RunRecord | str:
+    """The newest record of the nearest node above `samples` that sampled this model, or why there is none."""
+    log = model.get_attachment(host.KEY)
+    if not isinstance(log, RunLog):
+        return "This model carries no sparse attention patch: connect the output of a patch node, or of a node after it."
+    if not log.runs:
+        return "This model has not been sampled yet: connect the sampler's output to samples."
+    seen, waiting = {node_id}, [_source(prompt, node_id, "samples")]
+    while waiting:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        record = log.newest_of(node)
+        if record is not None:
+            return record
+        waiting += [_source(prompt, node, name) for name in prompt.get(node, {}).get("inputs", {})]
+    return "These samples come from the cache of a run with another model object: change the seed, or sample again, to see a record."
+
+
+def _source(prompt: dict, node_id: str, name: str) -> str | None:
+    """The node that an input is linked to."""
+    link = prompt.get(node_id, {}).get("inputs", {}).get(name)
+    return str(link[0]) if isinstance(link, (list, tuple)) and link else None

@@ -1,0 +1,76 @@
+"""The words on the node: one line while sampling, one when the run ends."""
+
+from __future__ import annotations
+
+import time
+
+from ..attention.record import RunRecord
+from . import host
+
+# A browser redraws the node for every line; twice a second is enough to read.
+_SECONDS_BETWEEN = 0.5
+
+
+def line(record: RunRecord) -> str:
+    """The line of a run under way."""
+    return f"{record.method} · step {record.step + 1}/{record.steps} · {_figures(record)}"
+
+
+def closing_line(record: RunRecord) -> str:
+    """The line that stays when a run has ended."""
+    if record.sparse_calls == 0 and record.outcome == "finished":
+        return f"⚠ {record.method}: nothing ran sparse. {_advice(record)}{_notes(record)}"
+    start = f"{record.method} · {record.outcome}" if record.outcome != "finished" else f"{record.method} · done"
+    whole = f" · {record.run_sparsity:.0%} over the whole run"
+    return f"{start} · {_figures(record)}{whole}{_notes(record)}"
+
+
+def _figures(record: RunRecord) -> str:
+    parts = []
+    if record.sparse_calls:
+        parts.append(f"{record.achieved_sparsity:.0%} of attention skipped (asked {record.asked_sparsity:.0%})")
+    parts.append(f"{record.sparse_calls} sparse, {record.dense_calls} dense calls")
+    if record.reasons:
+        parts.append("dense: " + "; ".join(f"{reason} ({count})" for reason, count in record.reasons.most_common(3)))
+    return " · ".join(parts)
+
+
+def _notes(record: RunRecord) -> str:
+    return "".join(f"\n{note}" for note in record.notes)
+
+
+def _advice(record: RunRecord) -> str:
+    """What to change, from the commonest reason."""
+    if not record.reasons:
+        return "No self-attention call of a video reached this node: another node may have replaced the attention, or a cache skipped every step."
+    reason = record.reasons.most_common(1)[0][0]
+    hints = {
+        "warm-up": "Lower warmup_steps or use more steps.",
+        "search": "The run ended with AdaSpa's search: use more steps.",
+        "last steps": "Lower end_steps.",
+        "dense layer": "Shorten dense_layers.",
+        "min_tokens": "Raise the resolution or length, or lower min_tokens.",
+    }
+    hint = next((words for key, words in hints.items() if key in reason), "")
+    return f"Reason: {reason}. {hint}".strip()
+
+
+class StatusLine:
+    """Shows a run on the node that patched the model."""
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self._next = 0.0
+
+    def show(self, record: RunRecord) -> None:
+        """The live line, at most twice a second."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _SECONDS_BETWEEN
+            host.show_text(line(record), self.node_id)
+
+    def close(self, record: RunRecord) -> None:
+        """The closing line, always; also in the log, for those who run without a browser."""
+        text = closing_line(record)
+        host.show_text(text, self.node_id)
+        (host.log.warning if text.startswith("⚠") else host.log.info)(text)
