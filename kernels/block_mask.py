@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+# Bytes of scratch that writing out a block mask may take at a time.
+_SCRATCH_BYTES = 128 << 20
+
+
 def num_blocks(length: int, block: int) -> int:
     """How many blocks of `block` positions cover `length` positions."""
     return -(-length // block)
@@ -63,11 +67,15 @@ class BlockMask:
             raise ValueError(f"blocks is {tuple(blocks.shape)}: expected [B, H, {expected[0]}, {expected[1]}]")
         counts = blocks.sum(-1, dtype=torch.int32)
         room = max(int(counts.max()) if max_count is None else max_count, 1)
-        # Each kept block goes to the slot that its running count names; the others all go to one slot past the end.
-        slots = torch.where(blocks, blocks.cumsum(-1, dtype=torch.int32) - 1, room).long()
-        numbers = torch.arange(expected[1], dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+        numbers = torch.arange(expected[1], dtype=torch.int32, device=blocks.device)
         indices = torch.zeros(*blocks.shape[:3], room + 1, dtype=torch.int32, device=blocks.device)
-        indices.scatter_(-1, slots, numbers)
+        # Some heads at a time: the slots take 8 bytes a block of the map.
+        step = max(1, _SCRATCH_BYTES // (8 * max(1, blocks[:, :1].numel())))
+        for start in range(0, blocks.shape[1], step):
+            some = blocks[:, start : start + step]
+            # Each kept block goes to the slot that its running count names; the others all go to one slot past the end.
+            slots = torch.where(some, some.cumsum(-1, dtype=torch.int32) - 1, room).long()
+            indices[:, start : start + step].scatter_(-1, slots, numbers.expand(some.shape))
         return cls(counts, indices[..., :room], block_q, block_k, seq_q, seq_k)
 
     def to_blocks(self) -> Tensor:

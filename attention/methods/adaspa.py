@@ -88,9 +88,10 @@ def _due(refresh: int, schedule: Schedule, found_at: int, step: int) -> bool:
 
 
 def _due_later(refresh: int, schedule: Schedule, step: int) -> bool:
+    """Whether another search will be due in a step that is not one of the dense last ones."""
     if refresh < 0:
-        return schedule.refresh_at is not None and schedule.refresh_at > step
-    return refresh > 0 and step + refresh < schedule.steps
+        return schedule.refresh_at is not None and step < schedule.refresh_at < schedule.steps - schedule.end
+    return refresh > 0 and step + refresh < schedule.steps - schedule.end
 
 
 def _first_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
@@ -140,8 +141,8 @@ def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, c
     ranks: [B, H, Qv, Kv], the place of each video block in its row, heaviest first. share: [B, H, Kv], the mass that
     each count of blocks keeps. totals: [B, H], all mass, sinks included.
     """
-    costs = blocks.costs(ranks).cpu()
-    share, totals = share.double().cpu(), totals.double().cpu()
+    costs = blocks.costs(ranks[..., -1].cpu(), ranks.shape[-1])
+    share, totals = share.cpu().double(), totals.cpu().double()
     always = totals - share[..., -1]  # the sinks' mass
 
     def recall(counts: Tensor) -> Tensor:
@@ -243,21 +244,23 @@ class VideoBlocks:
         """The room that index lists need where video rows keep `count` video blocks."""
         return self.columns if self.sink_rows else self.sink_columns + count
 
-    def costs(self, ranks: Tensor) -> Tensor:
-        """Pairs that each count of video blocks costs a head, float64 [B, H, Kv]: exact, though the last block may be short."""
-        video = self.layout.video_tokens
-        columns = ranks.shape[-1]
-        full = torch.arange(1, columns + 1, dtype=torch.float64, device=ranks.device) * (BLOCK_K * video)
+    def costs(self, last: Tensor, columns: int) -> Tensor:
+        """Pairs that each count of video blocks costs a head, float64 [B, H, Kv]: exact, though the last block may be short.
+
+        last: [B, H, Qv], the rank of the last video block in each row. columns: Kv.
+        """
+        video, rows = self.layout.video_tokens, last.shape[2]
+        full = torch.arange(1, columns + 1, dtype=torch.float64) * (BLOCK_K * video)
         missing = columns * BLOCK_K - video
-        row_sizes = torch.full((ranks.shape[2],), BLOCK_Q, dtype=torch.float64, device=ranks.device)
-        row_sizes[-1] -= ranks.shape[2] * BLOCK_Q - video
+        row_sizes = torch.full((rows,), BLOCK_Q, dtype=torch.float64)
+        row_sizes[-1] -= rows * BLOCK_Q - video
         # A row has the short last block from the count on that exceeds the block's rank.
-        with_last = torch.zeros(*ranks.shape[:2], columns, dtype=torch.float64, device=ranks.device)
-        with_last.scatter_add_(-1, ranks[..., -1].long(), row_sizes.expand(*ranks.shape[:3]))
+        with_last = torch.zeros(*last.shape[:2], columns, dtype=torch.float64)
+        with_last.scatter_add_(-1, last.long(), row_sizes.expand(last.shape))
         return full - missing * with_last.cumsum(-1)
 
     def counts(self, costs: Tensor, sparsity: Tensor) -> Tensor:
-        """Video blocks a row for each head, int64 [B, H], so that the mean cost is nearest to the mean target.
+        """Video blocks a row for each head, int64 [B, H], so that the mean cost of each batch entry is nearest to its target.
 
         costs: [B, H, Kv] of `costs`; sparsity: [B, H], each head's own.
         """
@@ -265,9 +268,10 @@ class VideoBlocks:
         counts = (costs - target[..., None]).abs().argmin(-1).clamp(min=self.least_count - 1)
         short = target - costs.gather(-1, counts[..., None])[..., 0]
         # Each head is off by up to half a block a row; the heads that are off most make up for the sum.
-        steps = round(float(short.sum()) / (BLOCK_K * self.layout.video_tokens))
-        worst = (short if steps > 0 else -short).flatten().argsort(descending=True, stable=True)[: abs(steps)]
-        counts.view(-1)[worst] += 1 if steps > 0 else -1
+        for entry, missing in zip(counts, short, strict=True):
+            steps = round(float(missing.sum()) / (BLOCK_K * self.layout.video_tokens))
+            worst = (missing if steps > 0 else -missing).argsort(descending=True, stable=True)[: abs(steps)]
+            entry[worst] += 1 if steps > 0 else -1
         return counts.clamp(self.least_count - 1, costs.shape[-1] - 1) + 1
 
     def with_sinks(self, video: Tensor) -> Tensor:

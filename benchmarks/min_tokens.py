@@ -1,0 +1,101 @@
+"""From how many tokens on a sparse call is faster than a dense one: python benchmarks/min_tokens.py [--out FILE].
+
+The automatic `min_tokens` comes from here. Each length is one self-attention call of 4 heads of 64 in float32, through
+the real dispatch, as a run would make it: SVG classifies at every step, AdaSpa's search is spread over the steps that
+share it. Dense is torch's scaled_dot_product_attention. Medians of interleaved repeats, one process.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from load_pack import load_pack  # noqa: E402
+
+load_pack()
+from pack.attention.call import AttentionCall, Dense  # noqa: E402
+from pack.attention.dispatch import sparse_attention  # noqa: E402
+from pack.attention.layout import VideoLayout  # noqa: E402
+from pack.attention.methods import METHODS  # noqa: E402
+from pack.attention.record import RunRecord  # noqa: E402
+from pack.attention.schedule import make_schedule  # noqa: E402
+from pack.attention.session import Session  # noqa: E402
+
+HEADS, HEAD_DIM = 4, 64
+LAYOUTS = [VideoLayout(9, edge, edge) for edge in (8, 11, 16, 21, 26, 32, 43)]
+STEPS = 20
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def session_of(name: str) -> Session:
+    method = METHODS[name]
+    config = method.CONFIG(min_tokens=0, dense_layers="")
+    sigmas = [1 - step / STEPS for step in range(STEPS + 1)]
+    schedule = make_schedule(sigmas, lambda percent: 1 - percent, 1.0, least_warmup=method.LEAST_WARMUP)
+    return Session(method, config, schedule, 0, RunRecord(name, config, STEPS))
+
+
+def measure(layout: VideoLayout, repeats: int) -> dict[str, float]:
+    """Milliseconds of a call: dense, and each method's mean over the steps in which it may be sparse."""
+    q, k, v = torch.randn(3, 1, layout.seq_len, HEADS, HEAD_DIM).transpose(2, 3)
+    times: dict[str, list[float]] = {"dense": [], **{name: [] for name in METHODS}}
+    for _ in range(repeats):
+        times["dense"].append(seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)))
+        for name in METHODS:
+            session = session_of(name)
+            steps = range(session.schedule.warmup, STEPS)
+            spent = 0.0
+            if session.first_step < session.schedule.warmup:  # the search costs its time beyond the dense call that it replaces
+                call = AttentionCall(q, k, v, layout, 0, session.first_step, "a")
+                spent += max(0.0, seconds(lambda: sparse_attention(call, session)) - times["dense"][-1])
+            for step in (steps[0], session.schedule.refresh_at, steps[-1]):
+                call = AttentionCall(q, k, v, layout, 0, step, "a")
+                taken = seconds(lambda: sparse_attention(call, session))
+                if isinstance(sparse_attention(call, session), Dense):
+                    raise RuntimeError("the call ran dense")
+                # The refresh stands for itself, the others for all steps without one.
+                spent += taken if step == session.schedule.refresh_at else taken * (len(steps) - 1) / 2
+            times[name].append(spent / len(steps))
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def table(repeats: int) -> str:
+    rows = ["| tokens | dense ms | " + " | ".join(f"{name} ms | {name} gain" for name in METHODS) + " |", "|---|---|" + "---|---|" * len(METHODS)]
+    for layout in LAYOUTS:
+        times = measure(layout, repeats)
+        gains = " | ".join(f"{times[name]:.1f} | {times['dense'] / times[name]:.2f}x" for name in METHODS)
+        rows.append(f"| {layout.seq_len} | {times['dense']:.1f} | {gains} |")
+        print(rows[-1], flush=True)
+    settings = ", ".join(f"{name} sparsity {METHODS[name].CONFIG().sparsity}" for name in METHODS)
+    head = (
+        f"# A call on a CPU, dense and sparse\n\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{HEADS} heads of {HEAD_DIM}, float32, batch 1; {settings}; medians of {repeats}. Made by `python benchmarks/min_tokens.py`.\n"
+        "A sparse figure is the mean over a run of 20 steps, profiling and searches included; a gain below 1 is a loss.\n\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    text = table(arguments.repeats)
+    print("\n" + text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
