@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from load_pack import load_pack  # noqa: E402
+from load_pack import load_pack
 
 load_pack()
 from pack.attention.call import AttentionCall, Dense  # noqa: E402
@@ -31,9 +31,11 @@ LAYOUTS = [VideoLayout(9, edge, edge) for edge in (8, 11, 16, 21, 26, 32, 43)]
 STEPS = 20
 
 
-def seconds(function) -> float:
+def seconds(function, *arguments) -> float:
     start = time.perf_counter()
-    function()
+    result = function(*arguments)
+    if isinstance(result, Dense) and result.output is None:
+        raise RuntimeError(f"a call ran dense: {result.reason}")
     return time.perf_counter() - start
 
 
@@ -50,19 +52,17 @@ def measure(layout: VideoLayout, repeats: int) -> dict[str, float]:
     q, k, v = torch.randn(3, 1, layout.seq_len, HEADS, HEAD_DIM).transpose(2, 3)
     times: dict[str, list[float]] = {"dense": [], **{name: [] for name in METHODS}}
     for _ in range(repeats):
-        times["dense"].append(seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)))
+        times["dense"].append(seconds(torch.nn.functional.scaled_dot_product_attention, q, k, v))
         for name in METHODS:
             session = session_of(name)
             steps = range(session.schedule.warmup, STEPS)
             spent = 0.0
             if session.first_step < session.schedule.warmup:  # the search costs its time beyond the dense call that it replaces
                 call = AttentionCall(q, k, v, layout, 0, session.first_step, "a")
-                spent += max(0.0, seconds(lambda: sparse_attention(call, session)) - times["dense"][-1])
+                spent += max(0.0, seconds(sparse_attention, call, session) - times["dense"][-1])
             for step in (steps[0], session.schedule.refresh_at, steps[-1]):
                 call = AttentionCall(q, k, v, layout, 0, step, "a")
-                taken = seconds(lambda: sparse_attention(call, session))
-                if isinstance(sparse_attention(call, session), Dense):
-                    raise RuntimeError("the call ran dense")
+                taken = seconds(sparse_attention, call, session)
                 # The refresh stands for itself, the others for all steps without one.
                 spent += taken if step == session.schedule.refresh_at else taken * (len(steps) - 1) / 2
             times[name].append(spent / len(steps))

@@ -118,6 +118,8 @@ def block_mass(
     _check_qkv(q, k, None)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
+    if backend == "auto" and (block_q % 16 or block_k % 16):
+        backend = "torch"  # Triton's tiles are multiples of 16
     ops = _implementation(choose_backend(backend, q, k, k))
     return ops.block_mass(q, k, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
 

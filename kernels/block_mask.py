@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # Bytes of scratch that writing out a block mask may take at a time.
 _SCRATCH_BYTES = 128 << 20
 

@@ -46,8 +46,9 @@ def _why_not_triton(q: Tensor, mask: BlockMask | None) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"Triton needs a GPU (CUDA or ROCm), and these tensors are on {q.device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (7, 5):
-        return f"Triton needs compute capability 7.5 or later, and {torch.cuda.get_device_name(q.device)} is older"
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        # Triton 3.2 and later compile for 7.5, but without its matrix instructions.
+        return f"Triton uses no matrix instructions below compute capability 8.0, and {torch.cuda.get_device_name(q.device)} is older"
     return None
 
 

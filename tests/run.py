@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # name, pytest's selection, environment
 TIERS = (
-    ("torch and host", ["tests", "--ignore=tests/triton"], {}),
-    ("Triton, interpreted", ["tests/triton/test_interpreter.py"], {"TRITON_INTERPRET": "1"}),
-    ("Triton, compiled", ["tests/triton/test_compile.py"], {}),
+    ("torch and host", ["tests", "--ignore=tests/triton_kernels"], {}),
+    ("Triton, interpreted", ["tests/triton_kernels/test_interpreter.py"], {"TRITON_INTERPRET": "1"}),
+    ("Triton, compiled", ["tests/triton_kernels/test_compile.py"], {}),
 )
 
 
