@@ -135,6 +135,8 @@ class _Forward:
     def layout_for(self, options: dict) -> VideoLayout | Dense:
         if self.layout is None:
             self.layout = self.model if isinstance(self.model, Dense) else self.model.layout(self.evaluation, options)
+            if isinstance(self.layout, VideoLayout):
+                self.active.session.record.layout = self.layout
         return self.layout
 
 

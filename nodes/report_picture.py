@@ -7,8 +7,8 @@ import textwrap
 import torch
 from torch import Tensor
 
-_SIZE = (10.0, 7.2)
-_DPI = 100
+_SIZE = (8.0, 6.0)  # inches: small, so that words stay readable when a node shrinks the picture
+_DPI = 120
 
 
 def draw(data: dict) -> Tensor:
@@ -16,12 +16,12 @@ def draw(data: dict) -> Tensor:
     figure = _figure()
     if figure is None:
         return _blank()
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1), width_ratios=(3, 2))
+    grid = figure.add_gridspec(2, 2, height_ratios=(7, 2), width_ratios=(3, 2))
     _layers_and_steps(figure, figure.add_subplot(grid[0, 0]), data)
     _findings(figure, figure.add_subplot(grid[0, 1]), data)
     words = figure.add_subplot(grid[1, :])
     words.axis("off")
-    words.text(0, 1, _words(data), va="top", fontsize=11, family="monospace", wrap=True)
+    words.text(0, 1, _words(data), va="top", fontsize=10).set_in_layout(False)
     return _rendered(figure)
 
 
@@ -30,7 +30,7 @@ def draw_message(message: str) -> Tensor:
     figure = _figure()
     if figure is None:
         return _blank()
-    figure.text(0.5, 0.5, textwrap.fill(message, 60), ha="center", va="center", fontsize=16)
+    figure.text(0.5, 0.5, textwrap.fill(message, 50), ha="center", va="center", fontsize=16)
     return _rendered(figure)
 
 
@@ -62,7 +62,9 @@ def _findings(figure, axes, data: dict) -> None:
         table = torch.tensor([types[layer] for layer in types])
         image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="coolwarm", interpolation="nearest")
         axes.set(title="Heads: spatial or temporal", xlabel="head", ylabel="layer")
-        axes.set_yticks(range(len(types)), types)
+        names = list(types)
+        every = 1 + len(names) // 16
+        axes.set_yticks(range(0, len(names), every), names[::every])
         axes.locator_params(axis="x", integer=True)
         bar = figure.colorbar(image, ax=axes)
         bar.set_ticks([0, 0.5, 1], labels=["spatial", "both", "temporal"])
@@ -74,7 +76,7 @@ def _findings(figure, axes, data: dict) -> None:
         axes.set(title="Recall: kept share of softmax mass", xlabel="recall", ylabel="layer", xlim=(0, 1.02))
         axes.invert_yaxis()
         axes.locator_params(axis="y", integer=True)
-        axes.legend(loc="lower left")
+        axes.legend(loc="best")
     else:
         axes.axis("off")
         axes.text(0.5, 0.5, "nothing ran sparse", ha="center", va="center")
@@ -88,7 +90,7 @@ def _words(data: dict) -> str:
     lines = [f"{data['method']} on {data['model']}, {data['outcome']}: {skipped}", f"{calls}, {data['steps']} steps, backend {data['backend']}"]
     lines += [f"dense: {reasons}"] if reasons else []
     lines += data["notes"]
-    return "\n".join(textwrap.fill(line, 110) for line in lines)
+    return "\n".join(textwrap.fill(line, 105) for line in lines)
 
 
 def _rendered(figure) -> Tensor:

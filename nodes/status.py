@@ -39,20 +39,25 @@ def _notes(record: RunRecord) -> str:
     return "".join(f"\n{note}" for note in record.notes)
 
 
+# What to change for a planned reason; the first that applies is the one that matters most when nothing ran sparse.
+_HINTS = {
+    "min_tokens": "Raise the resolution or length, or lower min_tokens.",
+    "search step": "The run ended with AdaSpa's search: use more steps.",
+    "warm-up": "Lower warmup_steps or use more steps.",
+    "last steps": "Lower end_steps.",
+    "dense layer": "Shorten dense_layers.",
+}
+
+
 def _advice(record: RunRecord) -> str:
-    """What to change, from the commonest reason."""
+    """Why nothing ran sparse, and what to change."""
     if not record.reasons:
         return "No self-attention call of a video reached this node: another node may have replaced the attention, or a cache skipped every step."
-    reason = record.reasons.most_common(1)[0][0]
-    hints = {
-        "warm-up": "Lower warmup_steps or use more steps.",
-        "search": "The run ended with AdaSpa's search: use more steps.",
-        "last steps": "Lower end_steps.",
-        "dense layer": "Shorten dense_layers.",
-        "min_tokens": "Raise the resolution or length, or lower min_tokens.",
-    }
-    hint = next((words for key, words in hints.items() if key in reason), "")
-    return f"Reason: {reason}. {hint}".strip()
+    hindrances = [reason for reason in record.reasons if not any(key in reason for key in _HINTS)]
+    if hindrances:
+        return f"Reason: {hindrances[0]}."
+    key, reason = next((key, reason) for key in _HINTS for reason in record.reasons if key in reason)
+    return f"Reason: {reason}. {_HINTS[key]}"
 
 
 class StatusLine:
