@@ -39,18 +39,23 @@ class MethodConfig:
         for name, low in (("warmup_steps", -1), ("cache_refresh", -1), ("end_steps", 0), ("min_tokens", -1)):
             self._number(name, low, math.inf, whole=True)
         self._choice("backend", BACKEND_CHOICES)
+        self._flag("strict")
         if not isinstance(self.dense_layers, str):
             raise ValueError(f"dense_layers: {self.dense_layers!r} is not text")
         parse_layers(self.dense_layers)
 
     def _number(self, name: str, low: float, high: float, whole: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         # NaN fails every comparison, so it is refused with the rest.
-        if not number or not low <= value <= high or (whole and value != int(value)):
+        if not number or not low <= value <= high:
             kind = "a whole number" if whole else "a number"
             limit = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " up")
             raise ValueError(f"{name}: {value!r} is not {kind} {limit}")
+
+    def _flag(self, name: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            raise ValueError(f"{name}: {getattr(self, name)!r} is not on or off")
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

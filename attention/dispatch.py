@@ -55,8 +55,9 @@ def _gate(call: AttentionCall, session: Session) -> Dense | None:
         return Dense(f"the sequence has {call.q.shape[2]} tokens, the layout {call.layout} has {call.layout.seq_len}")
     if call.layout.frames == 1:
         return Dense("one latent frame: there are no other frames to skip")
-    if call.q.shape != call.k.shape:
-        return Dense(f"q {tuple(call.q.shape)} and k {tuple(call.k.shape)} differ (grouped heads or another length)")
+    if not call.q.shape == call.k.shape == call.v.shape:
+        shapes = f"q {tuple(call.q.shape)}, k {tuple(call.k.shape)} and v {tuple(call.v.shape)}"
+        return Dense(f"{shapes} differ (grouped heads or another length)")
     least = config.min_tokens if config.min_tokens >= 0 else MIN_TOKENS["cpu" if call.q.device.type == "cpu" else "gpu"]
     if call.q.shape[2] < least:
         return Dense(f"{call.q.shape[2]} tokens are fewer than min_tokens ({least})", planned=True)

@@ -6,6 +6,7 @@ device in between. A flushed record holds numbers only.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -33,17 +34,17 @@ class Figures:
 
 
 class _Mean:
-    """A running mean of numbers or of equally long lists."""
+    """A running mean."""
 
     def __init__(self):
         self.total, self.count = 0.0, 0
 
-    def add(self, value, weight: int = 1) -> None:
-        self.total = self.total + value * weight
+    def add(self, value: float, weight: int = 1) -> None:
+        self.total += value * weight
         self.count += weight
 
     @property
-    def value(self):
+    def value(self) -> float:
         return self.total / self.count if self.count else 0.0
 
 
@@ -65,7 +66,7 @@ class RunRecord:
         self.step = 0
         self._sparsity = _Mean()
         self._cells: dict[tuple[int, int], _Mean] = defaultdict(_Mean)
-        self._heads: dict[str, dict[int, _Mean]] = {name: defaultdict(_Mean) for name in ("sparsity", "temporal", "recall")}
+        self._heads: dict[str, dict[int, list[_Mean]]] = {name: {} for name in ("sparsity", "temporal", "recall")}
         self._pending: list[tuple[int, int, Tensor, str]] = []
         self._lock = threading.Lock()
 
@@ -129,10 +130,12 @@ class RunRecord:
                 heads = 1 - heads
                 self._sparsity.add(float(heads.mean()))
                 self._cells[step, layer].add(float(heads.mean()))
-            means = self._heads[name][layer]
-            if means.count and len(means.total) != len(heads):
-                means = self._heads[name][layer] = _Mean()  # a part of the heads was called: keep the newest
-            means.add(heads)
+            means = self._heads[name].get(layer, [])
+            if len(means) != len(heads):
+                means = self._heads[name][layer] = [_Mean() for _ in heads]  # a part of the heads was called: keep the newest
+            for mean, value in zip(means, heads.tolist(), strict=True):
+                if math.isfinite(value):  # activations that are not numbers have no recall, and JSON no word for it
+                    mean.add(value)
 
     def by_layer_and_step(self) -> list[list[float | None]]:
         """Skipped share by layer, then step; None where no call came."""
@@ -144,9 +147,9 @@ class RunRecord:
 
         return [[value(step, layer) for step in range(steps)] for layer in range(layers)]
 
-    def by_layer_and_head(self, name: str) -> dict[int, list[float]]:
-        """"sparsity", "temporal" (share of classifications) or "recall", by layer: one number a head."""
-        return {layer: [round(float(value), 6) for value in mean.value] for layer, mean in sorted(self._heads[name].items())}
+    def by_layer_and_head(self, name: str) -> dict[int, list[float | None]]:
+        """"sparsity", "temporal" (share of classifications) or "recall", by layer: one number a head, None where it never was one."""
+        return {layer: [round(mean.value, 6) if mean.count else None for mean in means] for layer, means in sorted(self._heads[name].items())}
 
     def to_json(self) -> dict:
         """The record as plain data; its form is versioned by "schema"."""

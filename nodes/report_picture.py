@@ -48,7 +48,7 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
     if not values:
         axes.text(0.5, 0.5, "no call on record", ha="center", va="center", transform=axes.transAxes)
         return
-    table = torch.tensor([[float("nan") if value is None else value for value in row] for row in values])
+    table = torch.stack([_numbers(row) for row in values])
     extent = (0.5, table.shape[1] + 0.5, table.shape[0] - 0.5, -0.5)
     image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
     for step in data["search_steps"]:
@@ -59,7 +59,7 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
 
 def _findings(figure, axes, data: dict) -> None:
     if types := data.get("temporal_share_by_layer_and_head"):
-        table = torch.tensor([types[layer] for layer in types])
+        table = torch.stack([_numbers(heads) for heads in types.values()])
         image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="coolwarm", interpolation="nearest")
         axes.set(title="Heads: spatial or temporal", xlabel="head", ylabel="layer")
         names = list(types)
@@ -69,7 +69,7 @@ def _findings(figure, axes, data: dict) -> None:
         bar = figure.colorbar(image, ax=axes)
         bar.set_ticks([0, 0.5, 1], labels=["spatial", "both", "temporal"])
     elif recall := data.get("recall_by_layer_and_head"):
-        heads = [torch.tensor(values) for values in recall.values()]
+        heads = [_numbers(values) for values in recall.values()]
         layers = [int(layer) for layer in recall]
         axes.fill_betweenx(layers, [float(h.min()) for h in heads], [float(h.max()) for h in heads], alpha=0.3, label="all heads")
         axes.plot([float(h.mean()) for h in heads], layers, marker="o", label="mean")
@@ -80,6 +80,11 @@ def _findings(figure, axes, data: dict) -> None:
     else:
         axes.axis("off")
         axes.text(0.5, 0.5, "nothing ran sparse", ha="center", va="center")
+
+
+def _numbers(values: list[float | None]) -> Tensor:
+    """A list with gaps, as floats with NaN in them."""
+    return torch.tensor([float("nan") if value is None else value for value in values])
 
 
 def _words(data: dict) -> str:

@@ -53,6 +53,7 @@ class AdaSpaConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._flag("head_adaptive")
         self._choice("token_order", ("raster", "tile"))
 
 

@@ -1,0 +1,78 @@
+"""What a person sets: every knob's range, by the knob's name in the message."""
+
+import math
+
+import pytest
+from pack.attention.methods import METHODS, adaspa, svg
+
+CONFIGS = {name: method.CONFIG for name, method in METHODS.items()}
+BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def test_defaults_are_the_released_ones():
+    """Input ids and defaults never change once released."""
+    shared = {"warmup_steps": -1, "cache_refresh": -1, "end_steps": 0, "min_tokens": -1, "backend": "auto", "strict": False}
+    assert vars(svg.CONFIG()) == {**shared, "sparsity": 0.7, "dense_layers": "0", "sampled_rows": 64}
+    assert vars(adaspa.CONFIG()) == {**shared, "sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "tile"}
+
+
+@BOTH
+@pytest.mark.parametrize("knob, value", [
+    ("sparsity", 0), ("sparsity", 0.0), ("sparsity", 0.95), ("warmup_steps", -1), ("warmup_steps", 0), ("warmup_steps", 1000),
+    ("cache_refresh", -1), ("cache_refresh", 0), ("cache_refresh", 3), ("end_steps", 0), ("min_tokens", -1), ("min_tokens", 10**6),
+    ("dense_layers", ""), ("dense_layers", " 0-2, -1 "), *[("backend", name) for name in ("auto", "triton", "torch", "reference")],
+])
+def test_the_ends_of_every_range_are_taken(config, knob, value):
+    assert getattr(config(**{knob: value}), knob) == value
+
+
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, [1]]
+
+
+@BOTH
+@pytest.mark.parametrize("knob, value", [
+    *[("sparsity", value) for value in (-0.01, 0.96, 1.0, 70, *NOT_NUMBERS)],
+    *[("warmup_steps", value) for value in (-2, 1.5, *NOT_NUMBERS)],
+    *[("cache_refresh", value) for value in (-2, 0.5, *NOT_NUMBERS)],
+    *[("end_steps", value) for value in (-1, 2.5, *NOT_NUMBERS)],
+    *[("min_tokens", value) for value in (-2, 0.1, *NOT_NUMBERS)],
+    *[("backend", value) for value in ("cuda", "", "Auto", None, 1)],
+    *[("dense_layers", value) for value in ("x", "3-1", "1;2", None, 0)],
+], ids=lambda value: repr(value) if not isinstance(value, str) else value or "empty")
+def test_what_lies_outside_is_refused_by_name(config, knob, value):
+    with pytest.raises(ValueError, match=f"^{knob}: "):
+        config(**{knob: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 4097, 1.5, *NOT_NUMBERS], ids=repr)
+def test_sampled_rows_is_a_count(value):
+    with pytest.raises(ValueError, match=r"^sampled_rows: "):
+        svg.CONFIG(sampled_rows=value)
+    assert svg.CONFIG(sampled_rows=1).sampled_rows == 1 and svg.CONFIG(sampled_rows=4096).sampled_rows == 4096
+
+
+@pytest.mark.parametrize("value", ["", "Tile", "random", None, 0], ids=repr)
+def test_token_order_is_one_of_two(value):
+    with pytest.raises(ValueError, match=r"^token_order: .*raster, tile"):
+        adaspa.CONFIG(token_order=value)
+    assert adaspa.CONFIG(token_order="raster").token_order == "raster"
+
+
+@pytest.mark.parametrize("knob", ["warmup_steps", "cache_refresh", "end_steps", "min_tokens", "sampled_rows"])
+def test_a_whole_number_written_as_a_float_counts_as_one_or_is_refused(knob):
+    """JSON has 2.0; a count that is taken must be usable as one."""
+    try:
+        config = svg.CONFIG(**{knob: 2.0})
+    except ValueError as error:
+        assert str(error).startswith(knob)
+    else:
+        assert type(getattr(config, knob)) is int
+
+
+def test_the_message_says_what_is_wrong_and_what_is_right():
+    with pytest.raises(ValueError, match=r"^sparsity: nan is not a number from 0 to 0\.95$"):
+        svg.CONFIG(sparsity=math.nan)
+    with pytest.raises(ValueError, match=r"^end_steps: -3 is not a whole number from 0 up$"):
+        svg.CONFIG(end_steps=-3)
+    with pytest.raises(ValueError, match=r'"2-x"'):
+        svg.CONFIG(dense_layers="0, 2-x, 4")
