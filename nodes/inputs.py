@@ -43,7 +43,7 @@ def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[i
             tooltip="How many last steps stay dense. Up: finer detail nearer to the dense video, less gain.",
         ),
         io.Int.Input(
-            "min_tokens", default=-1, min=-1, max=10_000_000, step=64, optional=True, advanced=True,
+            "min_tokens", default=-1, min=-1, max=10_000_000, step=1, optional=True, advanced=True,
             tooltip="Videos with fewer tokens stay dense, since there is nothing to gain. -1: automatic. 0: never for this reason.",
         ),
         *own,

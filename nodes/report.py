@@ -28,7 +28,7 @@ class SparseAttentionReport(io.ComfyNode):
             search_aliases=["sparse attention report", "sparsity report", "SVG report", "AdaSpa report"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled: the output of a sparse attention patch, or a later node's."),
-                io.Latent.Input("samples", optional=True, tooltip="The sampler's output; it passes through, so that the report comes after the run."),
+                io.Latent.Input("samples", tooltip="The sampler's output; it passes through, so that the report comes after the run."),
             ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The same latent."),
@@ -36,10 +36,11 @@ class SparseAttentionReport(io.ComfyNode):
                 io.String.Output(display_name="json", tooltip="The record as JSON."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            is_output_node=True,  # so that it runs, and shows its picture, with nothing after it
         )
 
     @classmethod
-    def execute(cls, model: Any, samples: dict | None = None) -> io.NodeOutput:
+    def execute(cls, model: Any, samples: dict) -> io.NodeOutput:
         record = _find(model, cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         if isinstance(record, RunRecord):
             data = record.to_json()

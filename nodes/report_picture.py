@@ -73,7 +73,7 @@ def _findings(figure, axes, data: dict) -> None:
         layers = [int(layer) for layer in recall]
         axes.fill_betweenx(layers, [float(h.min()) for h in heads], [float(h.max()) for h in heads], alpha=0.3, label="all heads")
         axes.plot([float(h.mean()) for h in heads], layers, marker="o", label="mean")
-        axes.set(title="Recall: kept share of softmax mass", xlabel="recall", ylabel="layer", xlim=(0, 1.02))
+        axes.set(title="Recall by layer", xlabel="kept share of softmax mass", ylabel="layer", xlim=(0, 1.02))
         axes.invert_yaxis()
         axes.locator_params(axis="y", integer=True)
         axes.legend(loc="best")
@@ -90,9 +90,10 @@ def _numbers(values: list[float | None]) -> Tensor:
 def _words(data: dict) -> str:
     reasons = "; ".join(f"{reason} ({count})" for reason, count in data["reasons"].items())
     asked, achieved, whole = (f"{data[name]:.1%}" for name in ("asked_sparsity", "achieved_sparsity", "run_sparsity"))
-    skipped = f"{achieved} skipped in sparse calls (asked {asked}), {whole} over the whole run"
-    calls = f"{data['sparse_calls']} sparse and {data['dense_calls']} dense calls of {data['tokens']} tokens"
-    lines = [f"{data['method']} on {data['model']}, {data['outcome']}: {skipped}", f"{calls}, {data['steps']} steps, backend {data['backend']}"]
+    skipped = f"{achieved} skipped in sparse calls (asked {asked}), {whole} over the whole run" if data["sparse_calls"] else "nothing ran sparse"
+    calls = f"{data['sparse_calls']} sparse and {data['dense_calls']} dense calls" + (f" of {data['tokens']} tokens" if data["tokens"] else "")
+    backend = f", backend {data['backend']}" if data["backend"] else ""
+    lines = [f"{data['method']} on {data['model']}, {data['outcome']}", skipped, f"{calls}, {data['steps']} steps{backend}"]
     lines += [f"dense: {reasons}"] if reasons else []
     lines += data["notes"]
     return "\n".join(textwrap.fill(line, 105) for line in lines)

@@ -12,8 +12,8 @@ _SECONDS_BETWEEN = 0.5
 
 
 def line(record: RunRecord) -> str:
-    """The line of a run under way."""
-    return f"{record.method} · step {record.step + 1}/{record.steps} · {_figures(record)}"
+    """The line of a run under way: the figures first, since a small node shows two lines."""
+    return f"{record.method} {record.step + 1}/{record.steps} · {_figures(record)}"
 
 
 def closing_line(record: RunRecord) -> str:
@@ -28,7 +28,7 @@ def closing_line(record: RunRecord) -> str:
 def _figures(record: RunRecord) -> str:
     parts = []
     if record.sparse_calls:
-        parts.append(f"{record.achieved_sparsity:.0%} of attention skipped (asked {record.asked_sparsity:.0%})")
+        parts.append(f"{record.achieved_sparsity:.0%} skipped (asked {record.asked_sparsity:.0%})")
     parts.append(f"{record.sparse_calls} sparse, {record.dense_calls} dense calls")
     if record.reasons:
         parts.append("dense: " + "; ".join(f"{reason} ({count})" for reason, count in record.reasons.most_common(3)))
@@ -36,7 +36,7 @@ def _figures(record: RunRecord) -> str:
 
 
 def _notes(record: RunRecord) -> str:
-    return "".join(f"\n{note}" for note in record.notes)
+    return "".join(f" · {note}" for note in record.notes)
 
 
 # What to change for a planned reason; the first that applies is the one that matters most when nothing ran sparse.
