@@ -24,6 +24,6 @@ def pairs_of_sinks(layout: VideoLayout, video_sinks: int = 0) -> int:
 
 def limit_note(layout: VideoLayout, least_pairs: float, heads: str = "") -> str:
     """The sentence for a budget below what has to be kept; `heads` says which, where not all."""
-    frames = f"{layout.frames} latent frames of {layout.tokens_per_frame} tokens"
+    frames = f"{layout.frames} latent frame{'s' if layout.frames != 1 else ''}"
     most = max(0.0, 1 - least_pairs / layout.seq_len**2)
     return f"{frames}: at most {most:.2f} can be skipped" + (f" by {heads} heads" if heads else "")
