@@ -21,10 +21,17 @@ def python_of_host() -> str:
 
 
 class ComfyServer:
-    """Starts on entry, stops on exit. `base` is its base directory; the pack is linked there under `folder`."""
+    """Starts on entry, stops on exit. `base` is its base directory; the pack is linked there under `folder`.
 
-    def __init__(self, comfyui: Path, base: Path, folder: str = "any folder-name", nodes: tuple[Path, ...] = ()):
+    nodes: folders of further custom nodes. python: the interpreter, `python_of_host()` where None. arguments: further ones of ComfyUI's.
+    """
+
+    def __init__(
+        self, comfyui: Path, base: Path, folder: str = "any folder-name", nodes: tuple[Path, ...] = (),
+        python: str | None = None, arguments: tuple[str, ...] = (),
+    ):
         self.comfyui, self.base = comfyui, base
+        self.python, self.arguments = python or python_of_host(), arguments
         custom = base / "custom_nodes"
         custom.mkdir(parents=True, exist_ok=True)
         for name, target in ((folder, ROOT), *((path.name, path) for path in nodes)):
@@ -37,19 +44,27 @@ class ComfyServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [
-            python_of_host(), str(HERE / "comfy_cpu.py"), str(self.comfyui), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base),
+            self.python, str(HERE / "comfy_cpu.py"), str(self.comfyui), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            "--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base), *self.arguments,
         ]
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTEST_CURRENT_TEST", "TRITON_INTERPRET")}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        deadline = time.monotonic() + 180
+        try:
+            self._wait_until_it_answers(180)
+        except BaseException:  # __exit__ is not called for what fails in here
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_it_answers(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
             try:
                 self.get("/system_stats")
-                return self
+                return
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.5)
         raise RuntimeError(f"ComfyUI did not answer in time:\n{self.log.read_text()[-4000:]}")

@@ -1,0 +1,138 @@
+"""One attention call of a longer video, dense against sparse: where the time goes once there is something to skip.
+
+Dense and sparse are timed in turns, so that whatever else the machine does falls on all alike. Finding a plan is timed
+apart: SVG does it at every sparse step, AdaSpa twice a run, the first time together with a dense output.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels
+from ..attention.call import AttentionCall
+from ..attention.layout import VideoLayout
+from ..attention.record import RunRecord
+from ..attention.schedule import Schedule, make_schedule
+from ..attention.session import Session
+from ..kernels import SparsePlan
+from .runs import HEAD_DIM, HEADS, RUNS, Run
+from .sampler import make_sigmas, percent_to_sigma
+
+LAYOUT = VideoLayout(16, 32, 32)
+REPEATS = 5
+# How far each kind of head looks, in frames, rows and columns: two look around in their frame, two along time.
+_REACH = ((1.0, 6.0, 6.0), (1.0, 3.0, 9.0), (30.0, 1.5, 1.5), (12.0, 1.0, 3.0))
+# The score of a token with itself; that of a token out of reach is about 0.
+_PEAK = 8.0
+# The run that the figures are added up for.
+STEPS = 20
+
+
+def make_tensors(layout: VideoLayout = LAYOUT, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, float32 [1, H, S, D], whose heads look where `_REACH` says (random Fourier features of a Gaussian)."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = [torch.arange(size, dtype=torch.float32) for size in (layout.frames, layout.height, layout.width)]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)  # [S, 3]
+    heads = []
+    for reach in _REACH[:HEADS]:
+        waves = torch.randn(3, HEAD_DIM, generator=generator) / torch.tensor(reach)[:, None]
+        phases = torch.rand(HEAD_DIM, generator=generator) * 2 * torch.pi
+        heads.append(torch.cos(places @ waves + phases) * (2 / HEAD_DIM) ** 0.5)
+    features = torch.stack(heads)[None] * (_PEAK * HEAD_DIM**0.5) ** 0.5
+    q, k = (features + 0.1 * torch.randn(features.shape, generator=generator) for _ in range(2))
+    return q, k, torch.randn(features.shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A method's plan for one call. Seconds: planning, as often as `planning_steps` of a run; first_search: AdaSpa's, with its dense output."""
+
+    plan: SparsePlan
+    sparsity: float
+    planning: float
+    planning_steps: int
+    first_search: float | None
+
+
+@torch.inference_mode()
+def measure(layout: VideoLayout = LAYOUT, tick: Callable[[], Any] = lambda: None) -> dict:
+    """What report.json has under "attention_call". `tick` is called `count_ticks()` times on the way."""
+    q, k, v = make_tensors(layout)
+    plans = {}
+    for run in RUNS[1:]:
+        plans[run.name] = _plan(run, q, k, v, layout)
+        tick()
+
+    def attend(name: str) -> Tensor:
+        if name == "dense":
+            return F.scaled_dot_product_attention(q, k, v)
+        plan = plans[name].plan
+        return kernels.block_sparse_attention(q, k, v, plan.mask, q_order=plan.q_order, k_order=plan.k_order)
+
+    seconds, outputs = {run.name: [] for run in RUNS}, {}
+    for _ in range(REPEATS):
+        for name, times in seconds.items():
+            took, outputs[name] = _timed(lambda name=name: attend(name))
+            times.append(took)
+            tick()
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "tokens": layout.seq_len, "layout": str(layout), "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "repeats": REPEATS,
+        "dense_seconds": medians["dense"],
+        "methods": {name: _row(found, medians[name], medians["dense"], outputs[name], outputs["dense"]) for name, found in plans.items()},
+    }
+
+
+def count_ticks() -> int:
+    """How often `measure` calls `tick`."""
+    return len(RUNS) - 1 + REPEATS * len(RUNS)
+
+
+def _plan(run: Run, q: Tensor, k: Tensor, v: Tensor, layout: VideoLayout) -> Planned:
+    """Plays a run's steps on the method: its first plan, one where a later one is due, one that reuses it."""
+    schedule = _schedule(run)
+    session = Session(run.method, run.config, schedule, 0, RunRecord(run.method.NAME, run.config, STEPS), 1)
+
+    def plan(step: int) -> Any:
+        call = AttentionCall(q, k, v, layout, 0, step, "call")
+        return run.method.plan(call, session.config, session.state(call))
+
+    first = run.method.first_step(schedule)
+    first_seconds, _ = _timed(lambda: plan(first))
+    searches = run.method.LEAST_WARMUP > 0
+    again = schedule.refresh_at if searches else first + 1
+    planning, found = _timed(lambda: plan(again))
+    density = float(session.state(AttentionCall(q, k, v, layout, 0, again, "call")).figures.density.mean())
+    session.end()
+    return Planned(found, 1 - density, planning, 1 if searches else STEPS - schedule.warmup, first_seconds if searches else None)
+
+
+def _schedule(run: Run) -> Schedule:
+    return make_schedule(make_sigmas(STEPS).tolist(), percent_to_sigma, 1.0, least_warmup=run.method.LEAST_WARMUP)
+
+
+def _row(found: Planned, seconds: float, dense: float, out: Tensor, expected: Tensor) -> dict:
+    """One method's figures. run_seconds: this layer's self-attention over a whole run, planning and warm-up included."""
+    warmup = _schedule(RUNS[1]).warmup
+    dense_steps = warmup if found.first_search is None else warmup - 1
+    run_seconds = dense_steps * dense + (found.first_search or 0) + found.planning_steps * found.planning + (STEPS - warmup) * seconds
+    return {
+        "sparsity": found.sparsity, "seconds": seconds, "speed_up": dense / seconds, "planning_seconds": found.planning,
+        "planning_steps": found.planning_steps, "first_search_seconds": found.first_search,
+        "run_steps": STEPS, "run_seconds": run_seconds, "run_speed_up": STEPS * dense / run_seconds,
+        "relative_error": float((out - expected).norm() / expected.norm()),
+    }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
