@@ -15,8 +15,10 @@ from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows
 
 # Bytes of gathered keys and values at a time: small enough to stay in a CPU's cache, large enough to hide a call.
 _GATHER_BYTES = 8 << 20
-# Bytes of scores at a time, where scores are written out (LSE, block mass, sampled errors).
+# Bytes of scores at a time, where scores are written out with their LSE.
 _SCORE_BYTES = 64 << 20
+# Queries and keys of a tile of scores that is summed up while it is in cache (4 MiB of float32).
+_TILE_ROWS = 1024
 
 
 def _output(q: Tensor) -> Tensor:
@@ -203,22 +205,29 @@ def block_mass(
 
 
 def _mass_of_head(q, k, lse, query_rows: Tensor, key_rows: Tensor, scale: float, bias: Tensor | None, mass: Tensor) -> None:
-    """One head: q, k [S, D], lse [S], query_rows [Q, block_q], key_rows [K, block_k], mass [Q, K]."""
-    flat_keys = key_rows.flatten()
-    ordered_k = _exact(k.index_select(0, flat_keys.clamp(min=0)))
-    # What is added to each key's score: its bias, and minus infinity where there is no key.
+    """One head: q, k [S, D], lse [S], query_rows [Q, block_q], key_rows [K, block_k], mass [Q, K].
+
+    Two more columns take what is added to a score into the matrix product: one for the query's -LSE, one for the key's
+    bias, minus infinity where there is no key. A tile of the product is then exponentiated and summed while in cache.
+    """
+    flat_queries, flat_keys = query_rows.flatten(), key_rows.flatten()
     offset = torch.zeros(len(flat_keys), device=q.device) if bias is None else bias[flat_keys.clamp(min=0).long()]
     offset = torch.where(flat_keys < 0, -torch.inf, offset)
-    step = max(1, _SCORE_BYTES // (query_rows.shape[1] * len(flat_keys) * 4))
-    for start in range(0, len(query_rows), step):
-        rows = query_rows[start : start + step]
-        flat_rows = rows.flatten().clamp(min=0)
-        scores = torch.addmm(offset.to(ordered_k.dtype), _exact(q.index_select(0, flat_rows)), ordered_k.T, alpha=scale)
-        row_lse = torch.where(rows.flatten() < 0, torch.inf, lse[flat_rows.long()])
-        weights = scores.sub_(row_lse[:, None]).exp_()
-        # Whole key blocks first, along memory; then the rows of each query block.
-        sums = weights.view(len(flat_rows), *key_rows.shape).sum(-1)
-        mass[start : start + step] = sums.view(*rows.shape, -1).sum(1)
+    row_lse = torch.where(flat_queries < 0, torch.inf, lse[flat_queries.clamp(min=0).long()])
+    keys = _exact(k.index_select(0, flat_keys.clamp(min=0)))
+    queries = _exact(q.index_select(0, flat_queries.clamp(min=0))) * scale
+    keys = torch.cat([keys, torch.ones_like(keys[:, :1]), offset[:, None].to(keys.dtype)], 1)
+    queries = torch.cat([queries, -row_lse[:, None].to(queries.dtype), torch.ones_like(queries[:, :1])], 1)
+    block_q, block_k = query_rows.shape[1], key_rows.shape[1]
+    step_q, step_k = max(1, _TILE_ROWS // block_q), max(1, _TILE_ROWS // block_k)
+    for start_q in range(0, len(query_rows), step_q):
+        for start_k in range(0, len(key_rows), step_k):
+            some_queries = queries[start_q * block_q : (start_q + step_q) * block_q]
+            some_keys = keys[start_k * block_k : (start_k + step_k) * block_k]
+            weights = (some_queries @ some_keys.T).exp_()
+            # Whole key blocks first, along memory; then the rows of each query block.
+            sums = weights.view(len(some_queries), -1, block_k).sum(-1).view(-1, block_q, len(some_keys) // block_k).sum(1)
+            mass[start_q : start_q + step_q, start_k : start_k + step_k] = sums
 
 
 def sampled_errors(

@@ -9,3 +9,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
 from load_pack import load_pack  # noqa: E402
 
 load_pack()
+
+import torch  # noqa: E402
+
+# The tests' tensors are small: on a shared machine a second thread waits more than it computes.
+torch.set_num_threads(1)
