@@ -169,6 +169,10 @@ def _conditions(options: dict) -> tuple[Hashable, ...]:
     return tuple((str(name), frames) for name in names)
 
 
+# What a host's attention function takes after q, k and v. Models pass them by position or by name, as they please.
+_POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+
+
 def _make_override(session: Session, previous: Callable | None) -> Callable:
     """The attention override of one run. `previous` is the override that dense calls go through, if there is one."""
 
@@ -181,18 +185,16 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         forward = options.get(host.KEY)
         if not isinstance(forward, _Forward):
             return run_dense(func, q, k, v, *args, **kwargs)
-        heads = args[0] if args else kwargs["heads"]
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        split = kwargs.get("skip_reshape", False)
-        if not split:
-            dim = q.shape[-1] // heads
-            parts = [tensor.unflatten(-1, (-1, dim)).transpose(1, 2) for tensor in (q, k, v)]
-        else:
+        named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        if named.get("skip_reshape", False):
             parts = [q, k, v]
-        result = _attend(forward, *parts, mask, kwargs.get("scale"), options, lambda: run_dense(func, q, k, v, *args, **kwargs))
+        else:
+            dim = q.shape[-1] // named["heads"]
+            parts = [tensor.unflatten(-1, (-1, dim)).transpose(1, 2) for tensor in (q, k, v)]
+        result = _attend(forward, *parts, named.get("mask"), named.get("scale"), options, lambda: run_dense(func, q, k, v, *args, **kwargs))
         if isinstance(result, Dense):
             return run_dense(func, q, k, v, *args, **kwargs)
-        return result if kwargs.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
+        return result if named.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
 
     return override
 

@@ -26,7 +26,7 @@ SLOTS = {
 }
 CORE = {
     "UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "ModelSamplingSD3", "KSampler", "VAEDecode",
-    "CreateVideo", "SaveVideo", "PreviewImage", "PreviewAny", "MarkdownNote",
+    "CreateVideo", "SaveVideo", "PreviewAny", "MarkdownNote",
 }
 
 every_file = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
