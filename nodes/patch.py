@@ -122,7 +122,10 @@ class _Active:
 
 @dataclass
 class _Forward:
-    """One evaluation of the model: who asks (conditions), when (step), about what (evaluation). `calls` counts video calls."""
+    """One evaluation of the model: who asks (conditions), when (step), about what (evaluation).
+
+    calls: video calls so far. reached: whether any attention call came to our override.
+    """
 
     active: _Active
     model: VideoModel | Dense
@@ -130,6 +133,7 @@ class _Forward:
     step: int
     conditions: tuple[Hashable, ...]
     calls: int = 0
+    reached: bool = False
     layout: VideoLayout | Dense | None = None
 
     def layout_for(self, options: dict) -> VideoLayout | Dense:
@@ -147,18 +151,21 @@ def _evaluate(
     """The APPLY_MODEL wrapper: once an evaluation, outside of any block."""
     options = dict(transformer_options or {})
     active = options.get(host.KEY)
-    if isinstance(active, _Active):
-        session = active.session
-        if options.get(host.OVERRIDE) is not active.override:
-            session.note("another node replaced the attention override during this run, so its attention is not this node's")
-        step = session.schedule.step_of(float(t.flatten()[0]))
-        session.record.step = step
-        session.record.flush()
-        active.status.show(session.record)
-        network = executor.class_obj.diffusion_model
-        evaluation = Evaluation(network, x, c_crossattn, kwargs)
-        options[host.KEY] = _Forward(active, video_models.find(network), evaluation, step, _conditions(options))
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if not isinstance(active, _Active):
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    session = active.session
+    step = session.schedule.step_of(float(t.flatten()[0]))
+    session.record.step = step
+    session.record.flush()
+    active.status.show(session.record)
+    network = executor.class_obj.diffusion_model
+    evaluation = Evaluation(network, x, c_crossattn, kwargs)
+    forward = options[host.KEY] = _Forward(active, video_models.find(network), evaluation, step, _conditions(options))
+    result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    # Another override on top of ours may well pass its calls on; one that does not has taken our place.
+    if not forward.reached and options.get(host.OVERRIDE) is not active.override:
+        session.note("another node replaced the attention override during this run, so its attention is not this node's")
+    return result
 
 
 def _conditions(options: dict) -> tuple[Hashable, ...]:
@@ -185,6 +192,7 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         forward = options.get(host.KEY)
         if not isinstance(forward, _Forward):
             return run_dense(func, q, k, v, *args, **kwargs)
+        forward.reached = True
         named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if named.get("skip_reshape", False):
             parts = [q, k, v]

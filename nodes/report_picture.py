@@ -7,7 +7,7 @@ import textwrap
 import torch
 from torch import Tensor
 
-_SIZE = (8.0, 6.0)  # inches: small, so that words stay readable when a node shrinks the picture
+_SIZE = (8.0, 6.5)  # inches: small, so that words stay readable when a node shrinks the picture
 _DPI = 120
 
 
@@ -16,7 +16,7 @@ def draw(data: dict) -> Tensor:
     figure = _figure()
     if figure is None:
         return _blank()
-    grid = figure.add_gridspec(2, 2, height_ratios=(7, 2), width_ratios=(3, 2))
+    grid = figure.add_gridspec(2, 2, height_ratios=(7, 3), width_ratios=(3, 2))
     _layers_and_steps(figure, figure.add_subplot(grid[0, 0]), data)
     _findings(figure, figure.add_subplot(grid[0, 1]), data)
     words = figure.add_subplot(grid[1, :])
