@@ -1,0 +1,119 @@
+"""The nodes as workflows know them: ids, inputs, defaults and limits never change; values that fit none of them are refused by name."""
+
+import importlib
+import math
+from dataclasses import fields
+
+import pytest
+
+SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
+METHODS = {SVG: "svg", ADASPA: "adaspa"}
+BACKENDS = ["auto", "triton", "torch", "reference"]
+
+# What is asked of every saved workflow: (id, kind, default, least, most, advanced), in the order of the widgets.
+INPUTS = {
+    SVG: [
+        ("sparsity", "FLOAT", 0.7, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
+        ("dense_layers", "STRING", "0", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
+        ("sampled_rows", "INT", 64, 1, 4096, True), ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
+    ],
+    ADASPA: [
+        ("sparsity", "FLOAT", 0.8, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
+        ("dense_layers", "STRING", "", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
+        ("head_adaptive", "BOOLEAN", True, None, None, True), ("token_order", "COMBO", "tile", None, None, True),
+        ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
+    ],
+}
+OPTIONS = {"backend": BACKENDS, "token_order": ["raster", "tile"]}
+NAMES = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch", REPORT: "Sparse Attention Report"}
+
+every_patch = pytest.mark.parametrize("name", METHODS)
+
+
+def config(name):
+    return importlib.import_module(f"pack.attention.methods.{METHODS[name]}").CONFIG
+
+
+def test_the_extension_lists_the_three_nodes(host):
+    nodes = importlib.import_module("pack.nodes").NODES
+    assert [node.GET_SCHEMA().node_id for node in nodes] == [node.__name__ for node in nodes] == [SVG, ADASPA, REPORT]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_can_be_found_and_read(host, name):
+    schema = host.node(name).GET_SCHEMA()
+    assert (schema.display_name, schema.category) == (NAMES[name], "model/patch")
+    assert schema.description and all(part.tooltip for part in (*schema.inputs, *schema.outputs))
+    wanted = {"sparse attention report"} if name == REPORT else {"sparse attention", "SVG", "Sparse VideoGen", "AdaSpa", "sparse video"}
+    assert wanted <= set(schema.search_aliases)
+
+
+@every_patch
+def test_the_inputs_of_a_patch_are_those_of_saved_workflows(host, name):
+    model, *widgets = host.node(name).GET_SCHEMA().inputs
+    assert (model.id, model.io_type, bool(model.optional)) == ("model", "MODEL", False)
+    seen = [
+        (part.id, part.io_type, part.default, getattr(part, "min", None), getattr(part, "max", None), bool(part.advanced)) for part in widgets
+    ]
+    assert seen == INPUTS[name]
+    assert all(part.optional for part in widgets)
+    assert {part.id: list(part.options) for part in widgets if part.io_type == "COMBO"}.items() <= OPTIONS.items()
+    assert all(part.step for part in widgets if part.io_type in ("INT", "FLOAT"))
+    assert [part.io_type for part in host.node(name).GET_SCHEMA().outputs] == ["MODEL"]
+
+
+def test_the_report_takes_a_model_and_samples_and_gives_three(host):
+    schema = host.node(REPORT).GET_SCHEMA()
+    assert [(part.id, part.io_type) for part in schema.inputs] == [("model", "MODEL"), ("samples", "LATENT")]
+    assert [part.io_type for part in schema.outputs] == ["LATENT", "IMAGE", "STRING"]
+
+
+def test_the_report_needs_samples(host):
+    """design.md: every input but `model` and `samples` is optional; without samples there is no run to tell of, and no latent to pass on."""
+    assert [bool(part.optional) for part in host.node(REPORT).GET_SCHEMA().inputs] == [False, False]
+
+
+@every_patch
+def test_the_widgets_are_the_knobs_of_the_method_with_its_defaults(host, name):
+    widgets = {part.id: part.default for part in host.node(name).GET_SCHEMA().inputs[1:]}
+    assert widgets == {field.name: field.default for field in fields(config(name))}
+
+
+@every_patch
+def test_a_workflow_of_before_any_input_existed_still_runs(host, name):
+    patched = host.execute(name, {"model": host.load("wan")}, "5").result[0]
+    host.sample(patched, "wan", steps=2)
+    assert host.record(patched).config == config(name)()
+
+
+BAD = [
+    ("sparsity", 0.96), ("sparsity", -0.01), ("sparsity", math.nan), ("sparsity", math.inf), ("sparsity", "0.5"), ("sparsity", None),
+    ("warmup_steps", -2), ("warmup_steps", 1.5), ("warmup_steps", math.nan), ("warmup_steps", "all"),
+    ("cache_refresh", -2), ("cache_refresh", 0.5), ("cache_refresh", math.nan),
+    ("end_steps", -1), ("end_steps", 2.5), ("end_steps", math.nan), ("min_tokens", -2), ("min_tokens", math.nan),
+    ("dense_layers", "0-"), ("dense_layers", "one"), ("dense_layers", "5-2"), ("dense_layers", 3), ("dense_layers", None),
+    ("backend", "cuda"), ("backend", ""), ("backend", None), ("strict", "yes"), ("strict", None),
+]
+OWN_BAD = {
+    SVG: [("sampled_rows", 0), ("sampled_rows", 4097), ("sampled_rows", 1.5), ("sampled_rows", math.nan)],
+    ADASPA: [("token_order", "rows"), ("token_order", None), ("head_adaptive", "yes"), ("head_adaptive", None)],
+}
+
+
+@pytest.mark.parametrize("name, knob, value", [(name, *bad) for name in METHODS for bad in BAD + OWN_BAD[name]], ids=repr)
+def test_a_bad_value_is_refused_by_name_before_sampling(host, name, knob, value):
+    with pytest.raises(ValueError, match=f"^{knob}: "):
+        host.execute(name, {"model": host.load("wan"), knob: value}, "5")
+
+
+@pytest.mark.parametrize("text, part", [("0-2, x", '"x"'), ("1,,2-", '"2-"'), ("7-3", '"7-3"'), ("-1--3", '"-1--3"')])
+def test_the_part_of_dense_layers_that_does_not_parse_is_named(host, text, part):
+    with pytest.raises(ValueError) as caught:
+        host.execute(SVG, {"model": host.load("wan"), "dense_layers": text}, "5")
+    assert "dense_layers" in str(caught.value) and part in str(caught.value)
+
+
+@every_patch
+def test_an_unknown_setting_is_refused(host, name):
+    with pytest.raises(TypeError, match="no_such_knob"):
+        host.execute(name, {"model": host.load("wan"), "no_such_knob": 1}, "5")

@@ -1,0 +1,146 @@
+"""The words on the node while sampling and when a run ends, and the same in the log."""
+
+import itertools
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+
+METHODS = ("svg", "adaspa")
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+class Clock:
+    """time.monotonic() that a test sets."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(host, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(host.module("status"), "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@every_method
+def test_the_live_line_comes_at_most_twice_a_second(host, method, clock):
+    times = []
+
+    def tick(*_):
+        clock.now += 0.2
+
+    patched = host.patch(method, host.load("wan"), sparsity=0.4)
+    right = host.module("host").show_text
+    host.module("host").show_text = lambda text, node: (times.append(clock.now), right(text, node))
+    try:
+        host.sample(patched, "wan", steps=12, callback=tick)
+    finally:
+        host.module("host").show_text = right
+    *live, closing = times
+    assert len(live) == 4, "12 evaluations, 0.2 s apart: at 0, 0.6, 1.2 and 1.8 s"
+    assert all(later - earlier >= 0.5 for earlier, later in itertools.pairwise(live))
+    assert closing == pytest.approx(102.4)
+
+
+@every_method
+def test_the_live_line_tells_step_share_counts_and_reasons(host, method, clock):
+    def tick(*_):
+        clock.now += 1
+
+    patched = host.patch(method, host.load("wan"), sparsity=0.4)
+    host.sample(patched, "wan", callback=tick)
+    record = host.record(patched)
+    *live, _ = [line.text for line in host.shown]
+    assert len(live) == 4
+    reason = "warm-up step" if method == "svg" else "search step"
+    assert live[0] == f"{record.method} 1/4 · 0 sparse, 0 dense calls"
+    assert live[1] == f"{record.method} 2/4 · 0 sparse, 2 dense calls · dense: {reason} (2)"
+    assert live[2].startswith(f"{record.method} 3/4 · ") and " skipped (asked 40%) · 2 sparse, 2 dense calls" in live[2]
+    assert all(line.node == "5" and line.client == "client" for line in host.shown)
+
+
+@every_method
+def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
+    patched = host.patch(method, host.load("wan"), sparsity=0.4)
+    with caplog.at_level(logging.INFO, host.module("host").KEY):
+        host.sample(patched, "wan")
+    record = host.record(patched)
+    text = host.shown[-1].text
+    (reason,) = record.reasons
+    assert text.split(" · ") == [
+        record.method, "done", f"{record.achieved_sparsity:.0%} skipped (asked 40%)",
+        f"{record.sparse_calls} sparse, {record.dense_calls} dense calls", f"dense: {reason} (2)",
+        f"{record.run_sparsity:.0%} over the whole run", *record.notes,
+    ]
+    assert text in [entry.getMessage() for entry in caplog.records if entry.levelno == logging.INFO]
+
+
+@every_method
+@pytest.mark.parametrize(
+    "settings, frames, advice",
+    [
+        ({"warmup_steps": 4}, 9, "use more steps."), ({"end_steps": 4, "warmup_steps": 0}, 9, "Lower end_steps."),
+        ({"dense_layers": "0-1", "warmup_steps": 0}, 9, "Shorten dense_layers."), ({"min_tokens": 5000}, 9, "lower min_tokens."),
+        ({}, 1, "Reason: one latent frame: there are no other frames to skip."),
+    ],
+    ids=["warm-up", "last steps", "dense layers", "min_tokens", "one frame"],
+)
+def test_a_run_with_no_sparse_call_ends_with_a_warning_and_advice(host, method, settings, frames, advice, caplog):
+    patched = host.patch(method, host.load("wan"), **settings)
+    with caplog.at_level(logging.INFO, host.module("host").KEY):
+        host.sample(patched, "wan", frames=frames)
+    record = host.record(patched)
+    assert record.sparse_calls == 0 and record.dense_calls == 8
+    text = host.shown[-1].text
+    assert text.startswith(f"⚠ {record.method}: nothing ran sparse. Reason: ") and advice in text
+    assert text in [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+
+
+@every_method
+def test_a_run_that_this_node_never_saw_says_what_may_be_the_cause(host, method):
+    """As when a cache answers every evaluation."""
+    def skip(executor, x, *args, **kwargs):
+        return 0 * x
+
+    patched = host.patch(method, host.wrap(host.load("wan"), "DIFFUSION_MODEL", skip))
+    host.sample(patched, "wan")
+    assert "⚠" in host.shown[-1].text and "a cache skipped every step" in host.shown[-1].text
+
+
+@every_method
+def test_a_short_budget_is_said_with_what_is_possible(host, method):
+    patched = host.patch(method, host.load("wan"), sparsity=0.95)
+    host.sample(patched, "wan", frames=3)
+    record = host.record(patched)
+    limits = [note for note in record.notes if re.match(r"3 latent frames.*: at most 0\.\d+ can be skipped", note)]
+    assert limits and all(limit in host.shown[-1].text for limit in limits)
+    assert 0 < record.achieved_sparsity < 0.95 and f"{record.achieved_sparsity:.0%} skipped (asked 95%)" in host.shown[-1].text
+
+
+def test_without_a_server_or_a_node_nothing_is_shown_and_all_works(host, monkeypatch):
+    import server
+
+    monkeypatch.setattr(server.PromptServer, "instance", None)
+    patched = host.patch("svg", host.load("wan"))
+    host.sample(patched, "wan")
+    monkeypatch.delattr(server.PromptServer, "instance")
+    host.sample(patched, "wan")
+    unnamed = host.patch("svg", host.load("wan"), node_id=None)
+    host.sample(unnamed, "wan")
+    assert host.shown == [] and [len(host.records(model)) for model in (patched, unnamed)] == [2, 1]
+
+
+def test_the_text_fits_the_real_servers_function(host):
+    if host.name != "real":
+        pytest.skip("the double's server has no such function of its own")
+    import inspect
+
+    import server
+
+    inspect.signature(server.PromptServer.send_progress_text).bind(None, "text", "5", "client")
