@@ -14,6 +14,7 @@ from .session import Session
 # Below these lengths planning and short index lists cost more than the skipped pairs save.
 # "cpu": measured, benchmarks/results/cpu_min_tokens.md. "gpu": not measured yet; low enough to leave no video out.
 MIN_TOKENS = {"cpu": 4096, "gpu": 4096}
+_OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch's own name since 2.5
 
 
 def sparse_attention(call: AttentionCall, session: Session) -> Tensor | Dense:
@@ -23,7 +24,7 @@ def sparse_attention(call: AttentionCall, session: Session) -> Tensor | Dense:
         return refusal
     try:
         return _plan_and_run(call, session)
-    except torch.OutOfMemoryError:
+    except _OUT_OF_MEMORY:
         heads = session.head_chunk or call.q.shape[1]
         session.head_chunk = max(1, heads // 2)
         session.note(f"out of memory in the sparse path: that call ran dense, and from then on {session.head_chunk} heads are computed at a time")
@@ -40,17 +41,25 @@ def _plan_and_run(call: AttentionCall, session: Session) -> Tensor | Dense:
     return out
 
 
-def _gate(call: AttentionCall, session: Session) -> Dense | None:
-    """Why this call stays dense before any tensor is read."""
+def stays_dense(session: Session, step: int, layer: int) -> Dense | None:
+    """Why a layer stays dense in a step, whatever its tensors are; None where it may be sparse."""
     if session.disabled:
         return Dense(session.disabled)
-    schedule, config = session.schedule, session.config
-    if call.step < session.first_step:
+    if step < session.first_step:
         return Dense("warm-up step", planned=True)
-    if schedule.is_end(call.step):
+    if session.schedule.is_end(step):
         return Dense("one of the last steps", planned=True)
-    if in_layers(call.layer, session.dense_layers, session.layers):
+    if in_layers(layer, session.dense_layers, session.layers):
         return Dense("dense layer", planned=True)
+    return None
+
+
+def _gate(call: AttentionCall, session: Session) -> Dense | None:
+    """Why this call stays dense before any tensor is read."""
+    refusal = stays_dense(session, call.step, call.layer)
+    if refusal is not None:
+        return refusal
+    config = session.config
     if call.q.shape[2] != call.layout.seq_len:
         return Dense(f"the sequence has {call.q.shape[2]} tokens, the layout {call.layout} has {call.layout.seq_len}")
     if call.layout.frames == 1:

@@ -55,4 +55,7 @@ def show_text(text: str, node_id: str | None) -> None:
     except ImportError:
         return
     if server is not None:
-        server.send_progress_text(text, node_id, server.client_id)
+        try:
+            server.send_progress_text(text, node_id, server.client_id)
+        except Exception:  # a line that cannot be shown is no reason to lose a video
+            log.warning("could not show the status line on node %s", node_id, exc_info=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.call import AttentionCall, Dense
 from ..attention.config import MethodConfig
-from ..attention.dispatch import sparse_attention
+from ..attention.dispatch import sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
 from ..attention.record import RunRecord
 from ..attention.schedule import make_schedule
@@ -36,7 +36,7 @@ class RunLog:
 
     def newest_of(self, node_id: str) -> RunRecord | None:
         """The newest run that this node sampled."""
-        return next((run for run in reversed(self.runs) if run.node == node_id), None)
+        return next((run for run in reversed(list(self.runs)) if run.node == node_id), None)
 
 
 def install(model: Any, method: ModuleType, config: MethodConfig, node_id: str | None) -> Any:
@@ -124,7 +124,7 @@ class _Active:
 class _Forward:
     """One evaluation of the model: who asks (conditions), when (step), about what (evaluation).
 
-    calls: video calls so far. reached: whether any attention call came to our override.
+    layers: the layers that have called so far. reached: whether any attention call came to our override.
     """
 
     active: _Active
@@ -132,7 +132,7 @@ class _Forward:
     evaluation: Evaluation
     step: int
     conditions: tuple[Hashable, ...]
-    calls: int = 0
+    layers: list[int] = field(default_factory=list)
     reached: bool = False
     layout: VideoLayout | Dense | None = None
 
@@ -193,13 +193,16 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         if not isinstance(forward, _Forward):
             return run_dense(func, q, k, v, *args, **kwargs)
         forward.reached = True
+        layer = _layer_of(forward, q.shape[-2], k.shape[-2], options)
+        if isinstance(layer, Dense):
+            return run_dense(func, q, k, v, *args, **kwargs)
         named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if named.get("skip_reshape", False):
             parts = [q, k, v]
         else:
             dim = q.shape[-1] // named["heads"]
             parts = [tensor.unflatten(-1, (-1, dim)).transpose(1, 2) for tensor in (q, k, v)]
-        result = _attend(forward, *parts, named.get("mask"), named.get("scale"), options, lambda: run_dense(func, q, k, v, *args, **kwargs))
+        result = _attend(forward, layer, *parts, named.get("mask"), named.get("scale"), lambda: run_dense(func, q, k, v, *args, **kwargs))
         if isinstance(result, Dense):
             return run_dense(func, q, k, v, *args, **kwargs)
         return result if named.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
@@ -207,20 +210,28 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
     return override
 
 
-def _attend(
-    forward: _Forward, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, options: dict, run_dense: Callable[[], Tensor],
-) -> Tensor | Dense:
-    """One call of the host's, [B, H, S, D] in and out, condition by condition; Dense where it is the host's to compute."""
+def _layer_of(forward: _Forward, seq_q: int, seq_k: int, options: dict) -> int | Dense:
+    """The layer of the video that calls, from lengths alone; Dense for a call that is not the video's, or stays dense anyway."""
     layout = forward.layout_for(options)
-    same = q.shape[2] == k.shape[2]
+    same = seq_q == seq_k
     if isinstance(layout, Dense):
         return _stay_dense(forward, None, layout) if same else layout
-    if not same and q.shape[2] == layout.seq_len:
+    layer = forward.model.layer(forward.evaluation.network, options, forward.layers)
+    # Lengths tell cross-attention, and where the text is as long as the video, that the layer has called before.
+    if seq_q == layout.seq_len and (not same or (layer in forward.layers and forward.evaluation.text_tokens == seq_k)):
         return Dense("cross-attention", planned=True)  # no business of ours, and not counted
-    layer = forward.model.layer(forward.evaluation.network, options, forward.calls)
     if layer is None:
-        return Dense("not a layer of the video", planned=True)
-    forward.calls += 1
+        dense = Dense("a call outside of the model's numbered layers", planned=True)
+        return _stay_dense(forward, None, dense) if seq_q == layout.seq_len else dense
+    forward.layers.append(layer)
+    dense = stays_dense(forward.active.session, forward.step, layer)
+    return layer if dense is None else _stay_dense(forward, layer, dense)
+
+
+def _attend(
+    forward: _Forward, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, run_dense: Callable[[], Tensor],
+) -> Tensor | Dense:
+    """One call of the host's, [B, H, S, D] in and out, condition by condition; Dense where it is the host's to compute."""
     bias = _key_bias(mask, k)
     if isinstance(bias, Dense):
         return _stay_dense(forward, layer, bias)
@@ -231,7 +242,7 @@ def _attend(
     for number, condition in enumerate(forward.conditions):
         rows = slice(number * size, (number + 1) * size)
         part = bias if bias is None or len(bias) == 1 else bias[rows]
-        call = AttentionCall(q[rows], k[rows], v[rows], layout, layer, forward.step, condition, scale, part)
+        call = AttentionCall(q[rows], k[rows], v[rows], forward.layout, layer, forward.step, condition, scale, part)
         outputs.append(_compute(call, forward))
     if all(isinstance(output, Dense) and output.output is None for output in outputs):
         return outputs[0]

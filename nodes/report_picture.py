@@ -48,7 +48,7 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
     if not values:
         axes.text(0.5, 0.5, "no call on record", ha="center", va="center", transform=axes.transAxes)
         return
-    table = torch.stack([_numbers(row) for row in values])
+    table = _table(values)
     extent = (0.5, table.shape[1] + 0.5, table.shape[0] - 0.5, -0.5)
     image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
     for step in data["search_steps"]:
@@ -59,7 +59,7 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
 
 def _findings(figure, axes, data: dict) -> None:
     if types := data.get("temporal_share_by_layer_and_head"):
-        table = torch.stack([_numbers(heads) for heads in types.values()])
+        table = _table(list(types.values()))
         image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="coolwarm", interpolation="nearest")
         axes.set(title="Heads: spatial or temporal", xlabel="head", ylabel="layer")
         names = list(types)
@@ -85,6 +85,11 @@ def _findings(figure, axes, data: dict) -> None:
 def _numbers(values: list[float | None]) -> Tensor:
     """A list with gaps, as floats with NaN in them."""
     return torch.tensor([float("nan") if value is None else value for value in values])
+
+
+def _table(rows: list[list[float | None]]) -> Tensor:
+    """Rows as one matrix; shorter ones end in NaN."""
+    return torch.nn.utils.rnn.pad_sequence([_numbers(row) for row in rows], batch_first=True, padding_value=float("nan"))
 
 
 def _words(data: dict) -> str:

@@ -25,6 +25,10 @@ class Evaluation:
     context: Tensor | None
     extra: dict[str, Any]
 
+    @property
+    def text_tokens(self) -> int:
+        return 0 if self.context is None else self.context.shape[1]
+
 
 @dataclass(frozen=True)
 class VideoModel:
@@ -32,14 +36,14 @@ class VideoModel:
 
     name: for the person. patch: latent voxels of a token, (frames, height, width). prefix: tokens before the video.
     layers: how many self-attention layers. layer: the number of the layer that calls, in execution order, from the
-    options of the call and the count of video calls so far in this evaluation; None for what is no layer of the video.
+    options of the call and the layers that have called in this evaluation; None for what is no layer of the video.
     """
 
     name: str
     patch: Callable[[Any], tuple[int, int, int]]
     prefix: Callable[[Evaluation], int]
     layers: Callable[[Any], int]
-    layer: Callable[[Any, dict, int], int | None]
+    layer: Callable[[Any, dict, list[int]], int | None]
 
     def layout(self, evaluation: Evaluation, options: dict) -> VideoLayout | Dense:
         """The layout of this evaluation's self-attention; the model's own grid where it publishes one."""
@@ -51,11 +55,11 @@ class VideoModel:
         return VideoLayout(*(int(size) for size in grid), prefix=self.prefix(evaluation))
 
 
-def _published(network: Any, options: dict, calls: int) -> int | None:
+def _published(network: Any, options: dict, called: list[int]) -> int | None:
     return options.get("block_index")
 
 
-def _hunyuan_layer(network: Any, options: dict, calls: int) -> int | None:
+def _hunyuan_layer(network: Any, options: dict, called: list[int]) -> int | None:
     """Double blocks, then single ones, which count from 0 again. The text refiner publishes no index."""
     index = options.get("block_index")
     if index is None:
@@ -65,7 +69,7 @@ def _hunyuan_layer(network: Any, options: dict, calls: int) -> int | None:
 
 def _hunyuan_text(evaluation: Evaluation) -> int:
     """All text streams stand before the video: the prompt's, and in later models those of glyphs and of a reference picture."""
-    tokens = 0 if evaluation.context is None else evaluation.context.shape[1]
+    tokens = evaluation.text_tokens
     for name, part in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
         stream = evaluation.extra.get(name)
         if stream is not None and getattr(evaluation.network, part, None) is not None:
@@ -92,7 +96,7 @@ _LTXV = VideoModel(
     patch=lambda network: (1, 1, 1),
     prefix=lambda evaluation: 0,
     layers=lambda network: len(network.transformer_blocks),
-    layer=lambda network, options, calls: calls,
+    layer=lambda network, options, called: len(called),
 )
 
 VIDEO_MODELS: dict[str, VideoModel] = {"WanModel": _WAN, "HunyuanVideo": _HUNYUAN, "LTXVModel": _LTXV}

@@ -1,4 +1,4 @@
-"""Which steps and layers stay dense: design.md's warm-up rules on the schedules that samplers make."""
+"""Which steps and layers stay dense: the warm-up rules on the schedules that samplers make."""
 
 import pytest
 from pack.attention.methods import adaspa, svg

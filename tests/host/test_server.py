@@ -23,7 +23,7 @@ every_method = pytest.mark.parametrize("patch", [SVG, ADASPA], ids=["svg", "adas
 
 
 def assert_sparse(data, model, sparsity, conditions=1, steps=3, dense_steps=1):
-    """The record of a run in which all went as asked: the budget as design.md says, and every call counted."""
+    """The record of a run in which all went as asked: the budget within a block, and every call counted."""
     assert data["asked_sparsity"] == sparsity and data["outcome"] == "finished" and data["tokens"] == TOKENS[model]
     limits = [note for note in data["notes"] if "can be skipped" in note]
     assert limits or abs(data["achieved_sparsity"] - sparsity) <= BLOCK_K / TOKENS[model]

@@ -418,7 +418,7 @@ def test_the_node_that_samples_is_on_record(host):
 
 
 def test_a_call_that_stays_dense_costs_little(host, record_property):
-    """design.md's goal is 20 microseconds; the bound here only catches a slip of an order of magnitude."""
+    """The goal is 20 microseconds; the bound here only catches a slip of an order of magnitude."""
     q, k, v = qkv()
     seconds = {}
 

@@ -8,7 +8,7 @@ import torch
 METHODS = ("svg", "adaspa")
 every_method = pytest.mark.parametrize("method", METHODS)
 
-# design.md's form of a record, which tools read.
+# The form of a record, which tools read.
 PROMISED = (
     "schema", "method", "asked_sparsity", "achieved_sparsity", "run_sparsity", "sparse_calls", "dense_calls", "reasons", "tokens", "steps",
     "layers", "seed",

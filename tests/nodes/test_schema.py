@@ -69,7 +69,7 @@ def test_the_report_takes_a_model_and_samples_and_gives_three(host):
 
 
 def test_the_report_needs_samples(host):
-    """design.md: every input but `model` and `samples` is optional; without samples there is no run to tell of, and no latent to pass on."""
+    """Every input but `model` and `samples` is optional; without samples there is no run to tell of, and no latent to pass on."""
     assert [bool(part.optional) for part in host.node(REPORT).GET_SCHEMA().inputs] == [False, False]
 
 
