@@ -16,8 +16,8 @@ test: $(INSTALLED)
 
 # Installs once, and again when the requirements change.
 $(INSTALLED): requirements-dev.txt
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install -r requirements-dev.txt
 	touch $@
 
 clean:
