@@ -27,3 +27,12 @@ def limit_note(layout: VideoLayout, least_pairs: float, heads: str = "") -> str:
     frames = f"{layout.frames} latent frame{'s' if layout.frames != 1 else ''}"
     most = max(0.0, 1 - least_pairs / layout.seq_len**2)
     return f"{frames}: at most {most:.2f} can be skipped" + (f" by {heads} heads" if heads else "")
+
+
+def limit_notes(layout: VideoLayout, least_pairs: dict[str, float | None]) -> tuple[str, ...]:
+    """The sentences for kinds of heads, None for one whose budget is met; a single one where all have the same limit."""
+    short = {kind: pairs for kind, pairs in least_pairs.items() if pairs is not None}
+    alike = {limit_note(layout, pairs) for pairs in short.values()}
+    if len(short) == len(least_pairs) and len(alike) == 1:
+        return tuple(alike)
+    return tuple(limit_note(layout, pairs, kind) for kind, pairs in short.items())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .schedule import parse_layers
 
 BACKEND_CHOICES = ("auto", "triton", "torch", "reference")
+PRECISION_CHOICES = ("auto", "int8", "fp8")
 MOST_SPARSITY = 0.95
 
 
@@ -21,7 +22,9 @@ class MethodConfig:
     dense_layers: layers that stay dense, as "0-2, -1", in execution order.
     end_steps: how many last steps stay dense.
     min_tokens: shorter sequences stay dense; -1 is automatic.
-    backend: auto, triton, torch or reference. strict: an error rather than a fall back to dense.
+    backend: auto, triton, torch or reference. strict: an error rather than a fall back to dense, or to another precision.
+    precision: of sparse calls; auto is the tensors' own, int8 takes Q times K in 8 bits, fp8 the weights times V too. Where it
+    cannot be had, the call runs in the tensors' own and the run's notes say why.
     Raises ValueError naming the knob.
     """
 
@@ -33,12 +36,14 @@ class MethodConfig:
     min_tokens: int = -1
     backend: str = "auto"
     strict: bool = False
+    precision: str = "auto"
 
     def __post_init__(self):
         self._number("sparsity", 0.0, MOST_SPARSITY)
         for name, low in (("warmup_steps", -1), ("cache_refresh", -1), ("end_steps", 0), ("min_tokens", -1)):
             self._number(name, low, math.inf, whole=True)
         self._choice("backend", BACKEND_CHOICES)
+        self._choice("precision", PRECISION_CHOICES)
         self._flag("strict")
         if not isinstance(self.dense_layers, str):
             raise ValueError(f"dense_layers: {self.dense_layers!r} is not text")

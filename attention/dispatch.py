@@ -74,6 +74,8 @@ def _gate(call: AttentionCall, session: Session) -> Dense | None:
         reason = kernels.why_not(session.backend, call.q, call.k, call.v)
         if reason is not None:
             return Dense(reason)
+    if config.strict and (reason := _why_not_in_precision(call, session)):
+        return Dense(reason)
     if session.record.backend is None:
         _say_backend(call, session)
     return None
@@ -86,19 +88,33 @@ def _say_backend(call: AttentionCall, session: Session) -> None:
         session.note(f"torch backend: {reason}")
 
 
+def _why_not_in_precision(call: AttentionCall, session: Session, mask: BlockMask | None = None) -> str | None:
+    """Why the call cannot run in the precision that was asked for; None where it can."""
+    if session.precision == "auto":
+        return None
+    backend = "triton" if session.backend == "auto" else session.backend
+    reason = kernels.why_not(backend, call.q, call.k, call.v, mask, precision=session.precision)
+    return reason and f"precision {session.precision}: {reason}"
+
+
 def _run(call: AttentionCall, plan: SparsePlan, session: Session) -> Tensor:
+    precision, reason = session.precision, _why_not_in_precision(call, session, plan.mask)
+    if reason:
+        precision = "auto"
+        session.note(f"{reason}; computed in {str(call.q.dtype).removeprefix('torch.')}")
     heads = call.q.shape[1]
     if session.head_chunk is None or session.head_chunk >= heads:
-        return _kernel(call, plan, session.backend, slice(None))
-    parts = [_kernel(call, plan, session.backend, slice(start, start + session.head_chunk)) for start in range(0, heads, session.head_chunk)]
+        return _kernel(call, plan, session.backend, precision, slice(None))
+    step = session.head_chunk
+    parts = [_kernel(call, plan, session.backend, precision, slice(start, start + step)) for start in range(0, heads, step)]
     return torch.cat(parts, 1)
 
 
-def _kernel(call: AttentionCall, plan: SparsePlan, backend: str, heads: slice) -> Tensor:
+def _kernel(call: AttentionCall, plan: SparsePlan, backend: str, precision: str, heads: slice) -> Tensor:
     mask, q_order, k_order = (_heads_of(part, call.q.shape, heads) for part in (plan.mask, plan.q_order, plan.k_order))
     return kernels.block_sparse_attention(
         call.q[:, heads], call.k[:, heads], call.v[:, heads], mask, q_order=q_order, k_order=k_order,
-        scale=call.scale, key_bias=call.key_bias, backend=backend,
+        scale=call.scale, key_bias=call.key_bias, backend=backend, precision=precision,
     )
 
 

@@ -60,6 +60,7 @@ class Session:
     def __post_init__(self):
         self.dense_layers = parse_layers(self.config.dense_layers)
         self.backend = self.config.backend
+        self.precision = self.config.precision
         self.first_step = self.method.first_step(self.schedule)
 
     def state(self, call: AttentionCall) -> LayerState:

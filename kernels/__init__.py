@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask, SparsePlan, TokenOrder, density
-from .capability import BACKENDS, why_not
+from .capability import BACKENDS, PRECISIONS, why_not
 
 __all__ = [
-    "BACKENDS", "BlockMask", "SparsePlan", "TokenOrder",
-    "attention_with_lse", "block_mass", "block_sparse_attention", "choose_backend", "density", "sampled_errors", "why_not",
+    "BACKENDS", "PRECISIONS", "BlockMask", "SparsePlan", "TokenOrder",
+    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "sampled_errors", "why_not",
 ]
 
 
-def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None) -> str:
-    """The backend that takes this call. "auto" is Triton where it can, else torch. Raises ValueError with the reason where a named one cannot."""
+def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, precision: str = "auto") -> str:
+    """The backend that takes this call. "auto" is Triton where it can, else torch, which has no 8 bits.
+
+    Raises ValueError with the reason where a named backend, or any in a named precision, cannot.
+    """
+    if backend == "auto" and precision != "auto":
+        backend = "triton"
     if backend == "auto":
         return "triton" if why_not("triton", q, k, v, mask) is None else "torch"
-    reason = why_not(backend, q, k, v, mask)
+    reason = why_not(backend, q, k, v, mask, precision)
     if reason is not None:
         raise ValueError(reason)
     return backend
@@ -81,19 +86,21 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
-    scale: float | None = None, key_bias: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
+    scale: float | None = None, key_bias: Tensor | None = None, return_lse: bool = False, backend: str = "auto", precision: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the kept blocks alone.
 
     q, k, v: [B, H, S, D]. With an order, the mask's positions are the order's. scale: 1/sqrt(D) where None.
     key_bias: [B or 1, S_k], added to the scores, in tensor row order. Returns out [B, H, S_q, D] (laid out so that
     [B, S, H, D] is contiguous), and with `return_lse` the log-sum-exp [B, H, S_q], float32, natural logarithm, in
-    tensor row order. Raises ValueError where shapes contradict one another or a named backend cannot take the call.
+    tensor row order. precision: "auto" is the tensors' own, "int8" takes Q times K in 8 bits and "fp8" weights times V
+    too (`quantise.py`). Raises ValueError where shapes contradict one another, or a named backend or precision cannot be had.
     """
     _check_qkv(q, k, v)
     _check_plan(q, k, mask, q_order, k_order)
-    ops = _implementation(choose_backend(backend, q, k, v, mask))
-    out, lse = ops.block_sparse_attention(q, k, v, mask, q_order, k_order, _scale(scale, q), _bias(key_bias, k), return_lse=return_lse)
+    ops = _implementation(choose_backend(backend, q, k, v, mask, precision))
+    arguments = (q, k, v, mask, q_order, k_order, _scale(scale, q), _bias(key_bias, k), return_lse)
+    out, lse = ops.block_sparse_attention(*arguments) if precision == "auto" else ops.block_sparse_attention_8bit(*arguments, precision)
     return (out, lse) if return_lse else out
 
 
@@ -122,6 +129,25 @@ def block_mass(
         backend = "torch"  # Triton's tiles are multiples of 16
     ops = _implementation(choose_backend(backend, q, k, k))
     return ops.block_mass(q, k, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
+
+
+def attention_with_mass(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
+    scale: float | None = None, key_bias: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention that gathers the block masses on its way: a search without a second pass over q and k.
+
+    lse: [B, H, S_q] of an earlier step, since this step's own is only known at the end. Returns out and this step's
+    LSE as `attention_with_lse` does, and the mass [B, H, Q, K] that `block_mass` gives for the `lse` handed in. An
+    extension of AdaSpa (arXiv 2502.21079, section 4.1), which spends a second pass. Each order holds every row.
+    """
+    _check_qkv(q, k, v)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
+    if backend == "auto" and (block_q % 16 or block_k % 16):
+        backend = "torch"  # Triton's tiles are multiples of 16
+    ops = _implementation(choose_backend(backend, q, k, v))
+    return ops.attention_with_mass(q, k, v, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
 
 
 def sampled_errors(

@@ -7,7 +7,8 @@ M the room for block indices, O orders, P positions of an order, R sampled rows,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class BlockMask:
     """The key blocks that each query block attends to, in FlexAttention's terms.
 
     kv_num_blocks: [B, H, Q] int32, how many key blocks a query block keeps.
-    kv_indices: [B, H, Q, M] int32, which ones; entries past the count are unread. B and H may be 1 and then hold for all.
+    kv_indices: [B, H, Q, M] int32, which ones; entries past the count are unread. A row that keeps every key block needs no
+    list and all its entries are unread, so M is at least the largest count below that. B and H may be 1 and then hold for all.
     block_q, block_k: positions a block. seq_q, seq_k: positions in all (tokens, or an order's padded positions).
     Raises ValueError where the shapes contradict one another.
     """
@@ -54,36 +56,45 @@ class BlockMask:
     def num_k_blocks(self) -> int:
         return num_blocks(self.seq_k, self.block_k)
 
+    @property
+    def full_rows(self) -> Tensor:
+        """Which rows keep every key block and so have no index list: bool [B, H, Q]."""
+        return self.kv_num_blocks == self.num_k_blocks
+
     @classmethod
     def from_blocks(cls, blocks: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int, max_count: int | None = None) -> BlockMask:
         """From a map of kept blocks, bool [B, H, Q, K].
 
-        `max_count` is the largest number of kept blocks of a row, where the caller knows it; without it the map is
-        read for it, which waits for the device. Raises ValueError where the map does not fit the lengths.
+        `max_count` is the largest number of kept blocks of a row that is not full, where the caller knows it; without it the
+        map is read for it, which waits for the device. Raises ValueError where the map does not fit the lengths.
         """
         expected = (num_blocks(seq_q, block_q), num_blocks(seq_k, block_k))
         if blocks.dim() != 4 or tuple(blocks.shape[2:]) != expected:
             raise ValueError(f"blocks is {tuple(blocks.shape)}: expected [B, H, {expected[0]}, {expected[1]}]")
         counts = blocks.sum(-1, dtype=torch.int32)
-        room = max(int(counts.max()) if max_count is None else max_count, 1)
+        listed = counts < expected[1]
+        room = int((counts * listed).max()) if max_count is None else max_count
+        room = max(min(room, expected[1] - 1), 1)
         numbers = torch.arange(expected[1], dtype=torch.int32, device=blocks.device)
         indices = torch.zeros(*blocks.shape[:3], room + 1, dtype=torch.int32, device=blocks.device)
         # Some heads at a time: the slots take 8 bytes a block of the map.
         step = max(1, _SCRATCH_BYTES // (8 * max(1, blocks[:, :1].numel())))
         for start in range(0, blocks.shape[1], step):
             some = blocks[:, start : start + step]
-            # Each kept block goes to the slot that its running count names; the others all go to one slot past the end.
-            slots = torch.where(some, some.cumsum(-1, dtype=torch.int32) - 1, room).long()
+            # Each kept block goes to the slot that its running count names; the others, and full rows, all go to one slot past the end.
+            kept = some & listed[:, start : start + step, :, None]
+            slots = torch.where(kept, some.cumsum(-1, dtype=torch.int32) - 1, room).long()
             indices[:, start : start + step].scatter_(-1, slots, numbers.expand(some.shape))
         return cls(counts, indices[..., :room], block_q, block_k, seq_q, seq_k)
 
     def to_blocks(self) -> Tensor:
         """The map of kept blocks, bool [B, H, Q, K]."""
         slots = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
-        used = slots < self.kv_num_blocks[..., None]
+        full = self.full_rows[..., None]
+        used = (slots < self.kv_num_blocks[..., None]) & ~full
         columns = torch.where(used, self.kv_indices, self.num_k_blocks).long()
         blocks = torch.zeros(*self.kv_indices.shape[:3], self.num_k_blocks + 1, dtype=torch.bool, device=self.kv_indices.device)
-        return blocks.scatter_(-1, columns, True)[..., :-1]
+        return blocks.scatter_(-1, columns, True)[..., :-1] | full
 
     def to_dense(self) -> Tensor:
         """The mask by position, bool [B, H, seq_q, seq_k]. For tests and pictures: its size is quadratic."""
@@ -103,15 +114,21 @@ class BlockMask:
 class TokenOrder:
     """In which order a head's tokens are put into blocks, without moving them.
 
-    rows: [O, P] int32, the tensor row at each position; -1 is padding and contributes nothing.
+    rows: [O, P] int32, the tensor row at each position; -1 is padding and contributes nothing. Not to be written to afterwards.
     head_order: [B, H] integers, which of the O orders a head uses; B and H may be 1.
     A query order holds every row once, a key order at most once.
+
+    What is worked out from the rows (`positions`, `full_blocks`) is kept, and shared with the orders that `for_heads`,
+    `expand` and `dataclasses.replace` make of the same rows.
     """
 
     rows: Tensor
     head_order: Tensor
+    _tables: _Tables | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self):
+        if self._tables is None or self._tables.rows is not self.rows:
+            object.__setattr__(self, "_tables", _Tables(self.rows))
         if self.rows.dim() != 2 or self.rows.dtype != torch.int32:
             raise ValueError(f"rows is {self.rows.dtype} {tuple(self.rows.shape)}: expected int32 [O, P]")
         if self.head_order.dim() != 2 or self.head_order.is_floating_point():
@@ -127,16 +144,41 @@ class TokenOrder:
         """One order, [P] int32, for every head."""
         return cls(rows[None], torch.zeros(1, 1, dtype=torch.int64, device=rows.device))
 
+    def for_heads(self, head_order: Tensor) -> TokenOrder:
+        """The same orders for other heads: head_order [B, H] integers."""
+        return replace(self, head_order=head_order)
+
     def expand(self, batch: int, heads: int) -> TokenOrder:
         """The same order with B and H written out, as a view."""
-        return TokenOrder(self.rows, self.head_order.expand(batch, heads))
+        return self.for_heads(self.head_order.expand(batch, heads))
+
+    def full_blocks(self, block: int) -> Tensor:
+        """Which blocks of `block` positions are full, a row at each, and need no mask: bool [O, blocks]. Not to be written to."""
+        return self._tables.get(("full_blocks", block), lambda: (block_rows(self, self.length, block, self.rows.device) >= 0).all(-1))
 
     def positions(self, seq: int) -> Tensor:
-        """The inverse: [O, seq] int32, the position of each tensor row; -1 where the order leaves a row out."""
+        """The inverse: [O, seq] int32, the position of each tensor row; -1 where the order leaves a row out. Not to be written to."""
+        return self._tables.get(("positions", seq), lambda: self._positions(seq))
+
+    def _positions(self, seq: int) -> Tensor:
         result = torch.full((self.rows.shape[0], seq + 1), -1, dtype=torch.int32, device=self.rows.device)
         targets = torch.where(self.rows < 0, seq, self.rows).long()
         places = torch.arange(self.length, dtype=torch.int32, device=self.rows.device).expand_as(targets)
         return result.scatter_(1, targets, places)[:, :seq]
+
+
+class _Tables:
+    """What has been worked out from the rows of an order, by name. Holds the rows themselves, so that no other order can take it for its own."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        self._found: dict[Hashable, Tensor] = {}
+
+    def get(self, name: Hashable, work_out: Callable[[], Tensor]) -> Tensor:
+        found = self._found.get(name)
+        if found is None:
+            found = self._found[name] = work_out()
+        return found
 
 
 @dataclass(frozen=True)
@@ -177,7 +219,8 @@ def density(plan: SparsePlan, seq_q: int, seq_k: int) -> Tensor:
     queries = _rows_in_blocks(plan.q_order, seq_q, mask.block_q, batch, heads, device)
     keys = _rows_in_blocks(plan.k_order, seq_k, mask.block_k, batch, heads, device)
     indices = mask.kv_indices.expand(batch, heads, -1, -1)
-    used = torch.arange(indices.shape[-1], device=device) < mask.kv_num_blocks[..., None]
+    full = mask.full_rows
+    used = (torch.arange(indices.shape[-1], device=device) < mask.kv_num_blocks[..., None]) & ~full[..., None]
     kept = keys[:, :, None].expand(-1, -1, indices.shape[2], -1).gather(-1, (indices * used).long()) * used
-    pairs = (kept.sum(-1) * queries).sum(-1)
+    pairs = (torch.where(full, keys.sum(-1, keepdim=True), kept.sum(-1)) * queries).sum(-1)
     return pairs.to(torch.float64 if device.type != "mps" else torch.float32) / (seq_q * seq_k)

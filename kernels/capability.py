@@ -13,6 +13,7 @@ from torch import Tensor
 from .block_mask import BlockMask
 
 BACKENDS = ("triton", "torch", "reference")
+PRECISIONS = ("auto", "int8", "fp8")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 # Triton's matrix instructions need 16 rows; more than 128 by 128 does not fit the registers of any chip.
@@ -22,14 +23,44 @@ TRITON_BLOCKS = (16, 32, 64, 128)
 _TRITON_OF_TORCH = {"2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.13": "3.7"}
 
 
-def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None) -> str | None:
+def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, precision: str = "auto") -> str | None:
     """Why `backend` ("triton", "torch", "reference") cannot take this call, as a sentence; None where it can.
 
-    q, k, v: [B, H, S, D]; only shape, dtype and device are read. Raises ValueError for a name that is no backend.
+    q, k, v: [B, H, S, D]; only shape, dtype and device are read. precision: "auto" is the tensors' own, "int8" and "fp8"
+    are asked of the block-sparse forward alone. Raises ValueError for a name that is no backend or precision.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    return _why_not_triton(q, mask) if backend == "triton" else None
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if backend == "torch" and precision != "auto":
+        return "the torch backend computes in the tensors' own precision alone"
+    if backend != "triton":
+        return None
+    return _why_not_triton(q, mask) or (None if precision == "auto" else _why_not_8_bits(q, precision))
+
+
+def _why_not_8_bits(q: Tensor, precision: str) -> str | None:
+    """Where the Triton kernels run at all."""
+    if interpreted():
+        return None
+    if q.dtype == torch.float32:
+        return "8 bits are offered for tensors of 16, and these are float32"
+    if precision == "int8":
+        return None  # every GPU that the Triton kernels take has matrix instructions for it
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(q.device).gcnArchName.split(":")[0]
+        return None if e4m3_kind(arch) else f"{arch} has no matrix instructions in e4m3: that takes gfx942, gfx950 or gfx12"
+    if torch.cuda.get_device_capability(q.device) < (8, 9):
+        return f"fp8 takes compute capability 8.9, and {torch.cuda.get_device_name(q.device)} is older"
+    return None
+
+
+def e4m3_kind(arch: str) -> torch.dtype | None:
+    """The e4m3 that an architecture ("sm_90", "gfx942") multiplies in, None where it has none. gfx94x has one of its own."""
+    if arch.startswith("gfx"):
+        return torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn if arch.startswith(("gfx95", "gfx12")) else None
+    return torch.float8_e4m3fn if int(arch.removeprefix("sm_")) >= 89 else None
 
 
 def _why_not_triton(q: Tensor, mask: BlockMask | None) -> str | None:

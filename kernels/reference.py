@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import quantise
 from .block_mask import BlockMask, SparsePlan, TokenOrder
 
 
@@ -51,6 +52,21 @@ def block_sparse_attention(q, k, v, mask, q_order, k_order, scale, key_bias, ret
     return out.to(q.dtype), lse
 
 
+def block_sparse_attention_8bit(q, k, v, mask, q_order, k_order, scale, key_bias, return_lse, precision) -> tuple[Tensor, Tensor]:
+    """The same in "int8" or "fp8", as quantise.py defines them."""
+    visible = token_mask(mask, q_order, k_order, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    out, lse = quantise.attention(q, k, v, visible, _key_blocks(mask, k_order, k), scale, key_bias, precision)
+    return out.to(q.dtype), lse
+
+
+def _key_blocks(mask: BlockMask, k_order: TokenOrder | None, k: Tensor) -> Tensor:
+    """The block of the mask that holds each key, [B, H, S_k]; -1 for one that the order leaves out."""
+    if k_order is None:
+        return (torch.arange(k.shape[2], device=k.device) // mask.block_k).expand(*k.shape[:3])
+    positions = k_order.positions(k.shape[2])[k_order.head_order.expand(*k.shape[:2]).long()]
+    return torch.where(positions < 0, -1, positions // mask.block_k)
+
+
 def attention_with_lse(q, k, v, scale, key_bias) -> tuple[Tensor, Tensor]:
     """Dense attention. Returns out like q and lse [B, H, S_q]."""
     out, lse = _softmax_attention(_scores(q, k, scale, key_bias), v)
@@ -63,6 +79,11 @@ def block_mass(q, k, lse, block_q, block_k, q_order, k_order, scale, key_bias) -
     weights = torch.where((lse == -torch.inf)[..., None], 0.0, (scores - lse[..., None].to(scores.dtype)).exp())
     by_key_block = _sum_blocks(weights, k_order, block_k)
     return _sum_blocks(by_key_block.transpose(2, 3), q_order, block_q).transpose(2, 3).float()
+
+
+def attention_with_mass(q, k, v, lse, block_q, block_k, q_order, k_order, scale, key_bias) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_with_lse`, and `block_mass` with the LSE handed in."""
+    return *attention_with_lse(q, k, v, scale, key_bias), block_mass(q, k, lse, block_q, block_k, q_order, k_order, scale, key_bias)
 
 
 def _sum_blocks(values: Tensor, order: TokenOrder | None, block: int) -> Tensor:

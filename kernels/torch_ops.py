@@ -1,11 +1,17 @@
 """The ops at speed in plain torch: what runs on a CPU, and anywhere that Triton does not.
 
-A query block's kept keys are gathered, padding and masked-out keys left behind, so that what remains is ordinary
-dense attention without a mask: torch's own `scaled_dot_product_attention` does the arithmetic. Query blocks with
-equally many keys go through it together. Working memory is bounded by the two budgets below.
+Keys and values are copied once a head, in the blocks of the mask; a query block's kept ones are gathered from there, so
+that what remains is ordinary dense attention. Query blocks with equally many kept blocks go through it together. On a CPU the scores are
+written out and multiplied as batches of matrices, which a CPU does faster for the 128 queries of a block than torch's
+own `scaled_dot_product_attention`; elsewhere that does the arithmetic. Working memory is bounded by the budgets below.
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +19,12 @@ from torch import Tensor
 
 from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows
 
-# Bytes of gathered keys and values at a time: small enough to stay in a CPU's cache, large enough to hide a call.
-_GATHER_BYTES = 8 << 20
-# Bytes of scores at a time, where scores are written out with their LSE.
-_SCORE_BYTES = 64 << 20
+# Bytes of gathered keys, values and scores at a time: small enough to stay near a CPU's cache, large enough to hide a call.
+_GROUP_BYTES = 8 << 20
+# And the most that may be taken to give every thread a query block of its own.
+_MOST_GROUP_BYTES = 128 << 20
+# Bytes of scores at a time, where whole rows of them are written out.
+_SCORE_BYTES = 32 << 20
 # Queries and keys of a tile of scores that is summed up while it is in cache (4 MiB of float32).
 _TILE_ROWS = 1024
 
@@ -27,27 +35,36 @@ def _output(q: Tensor) -> Tensor:
     return torch.empty(batch, seq, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
+def _exact_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(_exact_dtype(tensor))
 
 
-class _HeadKeys:
-    """The visible key rows of one head's query blocks, as lists without holes."""
+class _Workspace:
+    """Memory that is used again and again within a call: fresh pages would cost as much as the arithmetic on them."""
 
-    def __init__(self, counts: Tensor, indices: Tensor, key_rows: Tensor):
-        """counts [Q], indices [Q, M] of the block mask; key_rows [K, block_k], -1 where there is no key."""
-        self.indices = indices
-        self.key_rows = key_rows
-        self.used = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
-        keys_in_block = (key_rows >= 0).sum(1)
-        self.total = int(keys_in_block.sum())
-        self.lengths = torch.where(self.used, keys_in_block[torch.where(self.used, indices, 0).long()], 0).sum(1)
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._memory: dict[str, Tensor] = {}
 
-    def rows(self, blocks: Tensor, length: int) -> Tensor:
-        """The key rows of query blocks that all see `length` keys: int64 [blocks, length]."""
-        chosen = self.key_rows[torch.where(self.used[blocks], self.indices[blocks], 0).long()]  # [n, M, block_k]
-        present = (chosen >= 0) & self.used[blocks][..., None]
-        return chosen[present].view(len(blocks), length).long()
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory of a shape. It overwrites the last that had the name."""
+        size = math.prod(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size or memory.dtype != dtype:
+            memory = self._memory[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return memory[:size].view(shape)
+
+    def gather(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
+        """table[rows] for a table [S, X] and rows [n]: [n, X]."""
+        return torch.index_select(table, 0, rows, out=self.take(name, (len(rows), table.shape[1]), table.dtype))
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in a dtype; itself, where it has that."""
+        return tensor if tensor.dtype == dtype else self.take(name, tensor.shape, dtype).copy_(tensor)
 
 
 def block_sparse_attention(
@@ -55,22 +72,67 @@ def block_sparse_attention(
     scale: float, key_bias: Tensor | None, return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`. Returns out and, where asked for, lse."""
-    batch, heads, seq_q, _ = q.shape
-    mask = mask.expand(batch, heads)
+    mask = mask.expand(*q.shape[:2])
+    blocks = _BlocksOfHeads(q, k, mask.block_q, mask.block_k, q_order, k_order, key_bias)
     out = _output(q)
-    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device) if return_lse else None
-    query_rows = block_rows(q_order, seq_q, mask.block_q, q.device)
-    key_rows = block_rows(k_order, k.shape[2], mask.block_k, q.device)
-    for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
-        for h in range(heads):
-            head_keys = _drop_masked(key_rows[_order_of(k_order, b, h)], bias)
-            keys = _HeadKeys(mask.kv_num_blocks[b, h], mask.kv_indices[b, h], head_keys)
-            _one_head(
-                q[b, h], k[b, h], v[b, h], keys, query_rows[_order_of(q_order, b, h)], scale, _finite(bias),
-                out[b, h], None if lse is None else lse[b, h],
-            )
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    work = _Workspace(q.device)
+    for b, h in blocks.heads():
+        query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
+        head = _Head(q[b, h], keys, scale, out[b, h], None if lse is None else lse[b, h], work)
+        head.attend_blocks(query_rows, mask.kv_num_blocks[b, h], mask.kv_indices[b, h])
     return out, lse
+
+
+class _Keys:
+    """One head's keys and values in the blocks of a mask, copied once, into memory that the next head overwrites.
+
+    keys: [K, block_k, D]; values: [K, block_k, D]. offset: [K, block_k], what is added to a key's scores, minus infinity where
+    there is no key or it is masked out; None where that is nothing anywhere. count: [K], visible keys of each block.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor | None, rows: Tensor, bias: Tensor | None, work: _Workspace):
+        """k, v: [S, D]. rows: [K, block_k], -1 where there is none. bias: [S] or None."""
+        places = rows.clamp(min=0).long()
+        offset = torch.zeros(rows.shape, dtype=torch.float32, device=k.device) if bias is None else bias[places]
+        offset = offset.masked_fill(rows < 0, -torch.inf)
+        hidden = offset == -torch.inf
+        self.count = rows.shape[1] - hidden.sum(1)
+        self.offset = offset if bool((offset != 0).any()) else None
+
+        def in_blocks(name: str, table: Tensor) -> Tensor:
+            blocks = work.gather(name, table, places.flatten())
+            if self.offset is not None:  # what lies where no key is visible must not reach a sum, not even as 0 times NaN
+                blocks.masked_fill_(hidden.view(-1, 1), 0)
+            return blocks.view(*rows.shape, -1)
+
+        self.keys = in_blocks("head's keys", k)
+        self.values = None if v is None else in_blocks("head's values", v)
+
+
+class _BlocksOfHeads:
+    """Which rows of each head's q and k lie in which block, and the keys' bias."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, block_q: int, block_k: int, q_order: TokenOrder | None, k_order: TokenOrder | None, key_bias: Tensor | None,
+    ):
+        self.shape, self.q_order, self.k_order, self.key_bias = q.shape[:2], q_order, k_order, key_bias
+        self.query_rows = block_rows(q_order, q.shape[2], block_q, q.device)
+        self.key_rows = block_rows(k_order, k.shape[2], block_k, q.device)
+
+    def empty_mass(self) -> Tensor:
+        """[B, H, Q, K], unwritten."""
+        return torch.empty(*self.shape, self.query_rows.shape[1], self.key_rows.shape[1], dtype=torch.float32, device=self.query_rows.device)
+
+    def heads(self) -> Iterator[tuple[int, int]]:
+        """Every (batch entry, head)."""
+        return itertools.product(range(self.shape[0]), range(self.shape[1]))
+
+    def of_head(self, b: int, h: int, k: Tensor, v: Tensor | None, work: _Workspace) -> tuple[Tensor, _Keys]:
+        """Query rows [Q, block_q], -1 where there is none, and the keys of k and v, [S, D], in their blocks."""
+        key_rows = self.key_rows[_order_of(self.k_order, b, h)]
+        keys = _Keys(k, v, key_rows, None if self.key_bias is None else self.key_bias[b], work)
+        return self.query_rows[_order_of(self.q_order, b, h)], keys
 
 
 def _order_of(order: TokenOrder | None, b: int, h: int) -> int:
@@ -80,72 +142,147 @@ def _order_of(order: TokenOrder | None, b: int, h: int) -> int:
     return int(heads[b % heads.shape[0], h % heads.shape[1]])
 
 
-def _drop_masked(key_rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Keys whose bias is minus infinity are padding to everyone."""
-    if bias is None:
-        return key_rows
-    masked = (bias == -torch.inf)[key_rows.clamp(min=0).long()]
-    return torch.where(masked, -1, key_rows)
+class _Head:
+    """One head's attention to blocks of keys. q, out: [S, D]; lse: [S] or None."""
+
+    def __init__(self, q: Tensor, keys: _Keys, scale: float, out: Tensor, lse: Tensor | None, work: _Workspace):
+        self.q, self.keys, self.scale, self.out, self.lse, self.work = q, keys, scale, out, lse, work
+        self.writes_scores = q.device.type == "cpu" or lse is not None
+        if self.writes_scores:
+            self.weighted_values = work.cast("head's weighted values", keys.values, _weighted_dtype(keys.values))
+            self.score_keys = self._score_keys()
+
+    def _score_keys(self) -> Tensor:
+        """The keys as scores are made from them, [K, block_k, D], or D + 1: one more column takes their offset into the matrix product."""
+        # Scores are float32, whatever comes in: 8 bits of mantissa are too few for an exponent.
+        keys, offset, name = self.keys.keys, self.keys.offset, "head's score keys"
+        if offset is None:
+            return self.work.cast(name, keys, _exact_dtype(keys))
+        result = self.work.take(name, (*keys.shape[:2], keys.shape[2] + 1), _exact_dtype(keys))
+        result[..., :-1], result[..., -1] = keys, offset
+        return result
+
+    def attend_blocks(self, query_rows: Tensor, counts: Tensor, indices: Tensor) -> None:
+        """query_rows: [Q, block_q], -1 where there is none; counts, indices: the mask's, [Q] and [Q, M].
+
+        Query blocks with equally many rows and kept blocks go together.
+        """
+        present = query_rows >= 0
+        every = counts == len(self.keys.count)  # keeps every block, and has no list
+        used = (torch.arange(indices.shape[1], device=indices.device) < counts[:, None]) & ~every[:, None]
+        seen = torch.where(used, self.keys.count[torch.where(used, indices, 0).long()], 0).sum(1)
+        kept = torch.where(torch.where(every, self.keys.count.sum(), seen) == 0, 0, counts)
+        kinds, kind_of_block = torch.stack([kept, present.sum(1)], 1).unique(dim=0, return_inverse=True)
+        for kind, (count, size) in enumerate(kinds.tolist()):
+            if size == 0:
+                continue
+            blocks = (kind_of_block == kind).nonzero()[:, 0]
+            rows = query_rows[blocks][present[blocks]].view(len(blocks), size).long()
+            if count == 0:
+                self.write(rows, torch.zeros(rows.numel(), self.out.shape[1], dtype=self.out.dtype, device=rows.device), -torch.inf)
+            elif count == len(self.keys.count):
+                self.attend_to_all(rows.flatten())
+            else:
+                lists = indices[blocks, :count].long()
+                group = self._group(size, count)
+                for start in range(0, len(blocks), group):
+                    self._attend(rows[start : start + group], lists[start : start + group])
+
+    def attend_to_all(self, rows: Tensor) -> None:
+        """Rows [n] that see every key: dense attention."""
+        if self.lse is None:
+            present = slice(None) if self.keys.offset is None else self.keys.offset.flatten() > -torch.inf
+            keys, values = (table.flatten(0, 1)[present][None] for table in (self.keys.keys, self.keys.values))
+            self._attend_fused(rows[None], keys, values, None if self.keys.offset is None else self.keys.offset.flatten()[present][None])
+            return
+        step = max(1, _SCORE_BYTES // (4 * self.score_keys.shape[0] * self.score_keys.shape[1]))
+        for start in range(0, len(rows), step):
+            keys, values = (table.view(1, -1, table.shape[2]) for table in (self.score_keys, self.weighted_values))
+            self._attend_written_out(rows[None, start : start + step], keys, lambda values=values: values)
+
+    def _group(self, size: int, count: int) -> int:
+        """How many query blocks of `size` rows and `count` key blocks to take at a time: equally many for each thread."""
+        tables = (self.score_keys, self.weighted_values) if self.writes_scores else (self.keys.keys, self.keys.values)
+        bytes_a_key = sum(table.shape[2] * table.element_size() for table in tables) + (4 * size if self.writes_scores else 0)
+        bytes_a_block = bytes_a_key * count * tables[0].shape[1]
+        threads = torch.get_num_threads() if self.q.device.type == "cpu" else 1
+        return max(1, min(threads * max(1, _GROUP_BYTES // (bytes_a_block * threads)), _MOST_GROUP_BYTES // bytes_a_block))
+
+    def _attend(self, rows: Tensor, lists: Tensor) -> None:
+        """Rows [n, size] to the key blocks [n, count], written to out and lse at those rows."""
+        if self.writes_scores:
+            keys = self._gathered("keys", self.score_keys, lists)
+            # The values are gathered when the scores are done with, and so find the cache to themselves.
+            self._attend_written_out(rows, keys, lambda: self._gathered("values", self.weighted_values, lists))
+        else:
+            keys, values = self._gathered("keys", self.keys.keys, lists), self._gathered("values", self.keys.values, lists)
+            offset = None if self.keys.offset is None else self.keys.offset[lists].flatten(1)
+            self._attend_fused(rows, keys, values, offset)
+
+    def _gathered(self, name: str, table: Tensor, lists: Tensor) -> Tensor:
+        """The blocks [K, block_k, D] of each list as one matrix: [n, count * block_k, D]."""
+        return self.work.gather(name, table.flatten(1), lists.flatten()).view(len(lists), -1, table.shape[2])
+
+    def _attend_written_out(self, rows: Tensor, keys: Tensor, values: Callable[[], Tensor]) -> None:
+        """keys: [n, length, D], or D + 1 with their offset; values: [n, length, D]."""
+        queries = self.scaled_queries(rows.flatten()).view(*rows.shape, -1)
+        scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.take("scores", (*rows.shape, keys.shape[1]), queries.dtype))
+        row_lse = _softmax_(scores, with_lse=self.lse is not None)
+        weights = self.work.cast("weights", scores, self.weighted_values.dtype)
+        result = torch.bmm(weights, values(), out=self.work.take("result", (*rows.shape, self.out.shape[1]), weights.dtype))
+        self.write(rows, result, row_lse)
+
+    def scaled_queries(self, rows: Tensor) -> Tensor:
+        """Queries [n, D], or [n, D + 1] where keys have an offset, for scores by one matrix product."""
+        queries = self.work.take("queries", (len(rows), self.score_keys.shape[2]), self.score_keys.dtype)
+        dim = self.q.shape[1]
+        torch.mul(self.work.gather("query rows", self.q, rows), self.scale, out=queries[:, :dim])
+        queries[:, dim:] = 1
+        return queries
+
+    def _attend_fused(self, rows: Tensor, keys: Tensor, values: Tensor, offset: Tensor | None) -> None:
+        """torch's own attention. keys, values: [n, length, D]; offset: [n, length] or None."""
+        queries = self.q.index_select(0, rows.flatten()).view(len(rows), 1, rows.shape[1], -1)
+        bias = None if offset is None or not offset.any() else offset[:, None, None].to(queries.dtype).expand(-1, -1, rows.shape[1], -1)
+        self.write(rows, F.scaled_dot_product_attention(queries, keys[:, None], values[:, None], attn_mask=bias, scale=self.scale), None)
+
+    def write(self, rows: Tensor, result: Tensor, row_lse: Tensor | float | None) -> None:
+        """Results [..., D] and their LSE, to tensor rows."""
+        rows = rows.flatten()
+        self.out.index_copy_(0, rows, result.reshape(-1, self.out.shape[-1]).to(self.out.dtype))
+        if self.lse is not None:
+            self.lse[rows] = row_lse.flatten().float() if isinstance(row_lse, Tensor) else row_lse
 
 
-def _finite(bias: Tensor | None) -> Tensor | None:
-    """The bias of the keys that are left; None where it changes nothing."""
-    if bias is None:
+def _softmax_(scores: Tensor, with_lse: bool) -> Tensor | None:
+    """Turns scores [..., K] into their softmax in place. Returns their log-sum-exp [...] where asked for.
+
+    A row without a visible key, all minus infinity, gets zero weights and the LSE minus infinity.
+    """
+    largest = scores.amax(-1, keepdim=True) if with_lse else None
+    torch.softmax(scores, -1, out=scores)
+    if largest is None:
         return None
-    bias = torch.where(bias == -torch.inf, 0.0, bias)
-    return bias if bool((bias != 0).any()) else None
+    # A weight is exp(score - LSE). The largest is at least 1/K, so the LSE can be read back from it.
+    lse = (largest - scores.amax(-1, keepdim=True).log())[..., 0]
+    hidden = largest[..., 0] == -torch.inf
+    if hidden.any():
+        scores.masked_fill_(hidden[..., None], 0.0)
+        lse.masked_fill_(hidden, -torch.inf)
+    return lse
 
 
-def _one_head(q, k, v, keys: _HeadKeys, query_rows: Tensor, scale: float, bias: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
-    """One head: q, k, v, out [S, D], query_rows [Q, block_q], lse [S]. Query blocks of one size and one key count go together."""
-    present = query_rows >= 0
-    sizes = torch.stack([keys.lengths, present.sum(1)], 1)
-    kinds, kind_of_block = sizes.unique(dim=0, return_inverse=True)
-    for kind, (length, size) in enumerate(kinds.tolist()):
-        if size == 0:
-            continue
-        blocks = (kind_of_block == kind).nonzero()[:, 0]
-        rows = query_rows[blocks][present[blocks]].view(len(blocks), size).long()
-        if length == 0:
-            out.index_fill_(0, rows.flatten(), 0)
-            if lse is not None:
-                lse.index_fill_(0, rows.flatten(), -torch.inf)
-            continue
-        if length == keys.total:  # rows that see every key share one gather
-            rows = rows.view(1, -1)
-            blocks = blocks[:1]
-        gathered = length * k.shape[-1] * (k.element_size() * 2)
-        scores = rows.shape[1] * length * 4 if lse is not None else 0
-        step = max(1, min(_GATHER_BYTES // gathered, _SCORE_BYTES // max(scores, 1)))
-        for start in range(0, len(blocks), step):
-            key_rows = keys.rows(blocks[start : start + step], length)
-            _attend(q, k, v, rows[start : start + step], key_rows, scale, bias, out, lse)
+def _weighted_dtype(v: Tensor) -> torch.dtype:
+    """In what weights multiply values: float32, or bfloat16 where the CPU multiplies that at least as fast."""
+    return v.dtype if v.dtype == torch.bfloat16 and v.device.type == "cpu" and _has_fast_bfloat16() else _exact_dtype(v)
 
 
-def _attend(q, k, v, rows: Tensor, key_rows: Tensor, scale: float, bias: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
-    """Dense attention of rows [n, size] to key_rows [n, length], written to out and lse at those rows."""
-    count, dim = rows.shape[0], q.shape[-1]
-    gathered_q = q.index_select(0, rows.flatten()).view(count, 1, -1, dim)
-    gathered_k = k.index_select(0, key_rows.flatten()).view(count, 1, -1, dim)
-    gathered_v = v.index_select(0, key_rows.flatten()).view(count, 1, -1, dim)
-    extra = None if bias is None else bias[key_rows][:, None, None]
-    if lse is None:
-        extra = None if extra is None else extra.to(q.dtype).expand(-1, -1, rows.shape[1], -1)
-        result = F.scaled_dot_product_attention(gathered_q, gathered_k, gathered_v, attn_mask=extra, scale=scale)
-    else:
-        result, row_lse = _attention(gathered_q, gathered_k, gathered_v, scale, extra)
-        lse.index_copy_(0, rows.flatten(), row_lse.flatten().float())
-    out.index_copy_(0, rows.flatten(), result.reshape(-1, dim).to(out.dtype))
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention with the scores written out: out [..., S_q, D] in float32 and lse [..., S_q]. Rows without a key give 0 and minus infinity."""
-    scores = _exact(q) @ _exact(k).transpose(-1, -2) * scale
-    if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)
-    weights = (scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
-    return weights @ _exact(v), lse
+@functools.cache
+def _has_fast_bfloat16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,16 +290,12 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: 
     fused = _fused_attention_with_lse(q, k, v, scale) if key_bias is None else None
     if fused is not None:
         return fused
-    out = _output(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    step = max(1, _SCORE_BYTES // (q.shape[1] * k.shape[2] * 4))
-    for b in range(q.shape[0]):
-        bias = None if key_bias is None else key_bias[b]
-        for start in range(0, q.shape[2], step):
-            rows = slice(start, start + step)
-            result, row_lse = _attention(q[b, :, rows], k[b], v[b], scale, bias)
-            out[b, :, rows] = result.to(out.dtype)
-            lse[b, :, rows] = row_lse
+    blocks = _BlocksOfHeads(q, k, q.shape[2], k.shape[2], None, None, key_bias)
+    out, lse = _output(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    work = _Workspace(q.device)
+    for b, h in blocks.heads():
+        query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
+        _Head(q[b, h], keys, scale, out[b, h], lse[b, h], work).attend_to_all(query_rows.flatten().long())
     return out, lse
 
 
@@ -188,46 +321,75 @@ def block_mass(
     scale: float, key_bias: Tensor | None,
 ) -> Tensor:
     """See `kernels.block_mass`."""
-    batch, heads, seq_q, _ = q.shape
-    query_rows = block_rows(q_order, seq_q, block_q, q.device)
-    key_rows = block_rows(k_order, k.shape[2], block_k, q.device)
-    mass = torch.empty(batch, heads, query_rows.shape[1], key_rows.shape[1], dtype=torch.float32, device=q.device)
-    # exp(score - inf) is the 0 that a row without an LSE must give.
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
-        for h in range(heads):
-            _mass_of_head(
-                q[b, h], k[b, h], lse[b, h], query_rows[_order_of(q_order, b, h)],
-                _drop_masked(key_rows[_order_of(k_order, b, h)], bias), scale, _finite(bias), mass[b, h],
-            )
+    blocks = _BlocksOfHeads(q, k, block_q, block_k, q_order, k_order, key_bias)
+    mass = blocks.empty_mass()
+    work = _Workspace(q.device)
+    for b, h in blocks.heads():
+        query_rows, keys = blocks.of_head(b, h, k[b, h], None, work)
+        _mass_of_head(q[b, h], lse[b, h], query_rows, keys, scale, mass[b, h])
     return mass
 
 
-def _mass_of_head(q, k, lse, query_rows: Tensor, key_rows: Tensor, scale: float, bias: Tensor | None, mass: Tensor) -> None:
-    """One head: q, k [S, D], lse [S], query_rows [Q, block_q], key_rows [K, block_k], mass [Q, K].
+def _mass_of_head(q: Tensor, lse: Tensor, query_rows: Tensor, keys: _Keys, scale: float, mass: Tensor) -> None:
+    """One head: q [S, D], lse [S], query_rows [Q, block_q], mass [Q, K].
 
     Two more columns take what is added to a score into the matrix product: one for the query's -LSE, one for the key's
-    bias, minus infinity where there is no key. A tile of the product is then exponentiated and summed while in cache.
+    offset. A tile of the product is then exponentiated and summed while in cache.
     """
-    flat_queries, flat_keys = query_rows.flatten(), key_rows.flatten()
-    offset = torch.zeros(len(flat_keys), device=q.device) if bias is None else bias[flat_keys.clamp(min=0).long()]
-    offset = torch.where(flat_keys < 0, -torch.inf, offset)
-    row_lse = torch.where(flat_queries < 0, torch.inf, lse[flat_queries.clamp(min=0).long()])
-    keys = _exact(k.index_select(0, flat_keys.clamp(min=0)))
-    queries = _exact(q.index_select(0, flat_queries.clamp(min=0))) * scale
-    keys = torch.cat([keys, torch.ones_like(keys[:, :1]), offset[:, None].to(keys.dtype)], 1)
+    rows = query_rows.flatten()
+    some = rows.clamp(min=0)
+    # exp(score - inf) is the 0 that padding, and a row without an LSE, must give.
+    row_lse = torch.where((rows < 0) | (lse[some] == -torch.inf), torch.inf, lse[some])
+    flat_keys = _exact(keys.keys).flatten(0, 1)
+    offset = torch.zeros_like(flat_keys[:, 0]) if keys.offset is None else keys.offset.flatten()
+    queries = _exact(q.index_select(0, some)) * scale
+    flat_keys = torch.cat([flat_keys, torch.ones_like(flat_keys[:, :1]), offset[:, None].to(flat_keys.dtype)], 1)
     queries = torch.cat([queries, -row_lse[:, None].to(queries.dtype), torch.ones_like(queries[:, :1])], 1)
-    block_q, block_k = query_rows.shape[1], key_rows.shape[1]
+    block_q, block_k = query_rows.shape[1], keys.keys.shape[1]
     step_q, step_k = max(1, _TILE_ROWS // block_q), max(1, _TILE_ROWS // block_k)
     for start_q in range(0, len(query_rows), step_q):
-        for start_k in range(0, len(key_rows), step_k):
+        for start_k in range(0, len(keys.keys), step_k):
             some_queries = queries[start_q * block_q : (start_q + step_q) * block_q]
-            some_keys = keys[start_k * block_k : (start_k + step_k) * block_k]
+            some_keys = flat_keys[start_k * block_k : (start_k + step_k) * block_k]
             weights = (some_queries @ some_keys.T).exp_()
             # Whole key blocks first, along memory; then the rows of each query block.
             sums = weights.view(len(some_queries), -1, block_k).sum(-1).view(-1, block_q, len(some_keys) // block_k).sum(1)
             mass[start_q : start_q + step_q, start_k : start_k + step_k] = sums
+
+
+def attention_with_mass(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, q_order: TokenOrder | None, k_order: TokenOrder | None,
+    scale: float, key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.attention_with_mass`."""
+    blocks = _BlocksOfHeads(q, k, block_q, block_k, q_order, k_order, key_bias)
+    out, mass = _output(q), blocks.empty_mass()
+    new_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    work = _Workspace(q.device)
+    for b, h in blocks.heads():
+        query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
+        head = _Head(q[b, h], keys, scale, out[b, h], new_lse[b, h], work)
+        _attend_and_weigh(head, lse[b, h], query_rows, mass[b, h])
+    return out, new_lse, mass
+
+
+def _attend_and_weigh(head: _Head, old_lse: Tensor, query_rows: Tensor, mass: Tensor) -> None:
+    """One head's dense attention, and from its weights the block masses [Q, K] under an earlier LSE, [S]."""
+    keys, values = head.score_keys.flatten(0, 1), head.weighted_values.flatten(0, 1)
+    block_q, block_k = query_rows.shape[1], head.score_keys.shape[1]
+    step = max(1, _SCORE_BYTES // (4 * block_q * len(keys)))
+    for start in range(0, len(query_rows), step):
+        rows = query_rows[start : start + step].flatten()
+        present, some = rows >= 0, rows.clamp(min=0).long()
+        queries = head.scaled_queries(some)
+        weights = torch.mm(queries, keys.T, out=head.work.take("scores", (len(rows), len(keys)), queries.dtype))
+        row_lse = _softmax_(weights, with_lse=True)
+        # A weight of today's softmax is exp(score - today's LSE): the change of the LSE makes it what the earlier one gives.
+        change = torch.where(present & (old_lse[some] > -torch.inf), (row_lse - old_lse[some]).exp(), 0.0)
+        sums = weights.view(len(rows), -1, block_k).sum(-1) * change[:, None]
+        mass[start : start + step] = sums.view(-1, block_q, mass.shape[1]).sum(1)
+        result = torch.mm(head.work.cast("weights", weights, values.dtype), values)
+        head.write(some[present], result[present], row_lse[present])
 
 
 def sampled_errors(
@@ -266,11 +428,13 @@ class _KeysOfRows:
         """bool [R, S_k] of one head."""
         row_blocks = self.row_blocks[_order_of(self.plan.q_order, b, h)]
         key_blocks = self.key_blocks[_order_of(self.plan.k_order, b, h)]
-        indices = self.mask.kv_indices[b, h][row_blocks].long()
-        used = torch.arange(indices.shape[1], device=indices.device) < self.mask.kv_num_blocks[b, h][row_blocks][:, None]
+        indices, counts = self.mask.kv_indices[b, h][row_blocks].long(), self.mask.kv_num_blocks[b, h][row_blocks][:, None]
+        every = counts == self.mask.num_k_blocks  # keeps every block, and has no list
+        used = (torch.arange(indices.shape[1], device=indices.device) < counts) & ~every
         # One column more than there are blocks takes what is unused, and keys that the order leaves out.
         blocks = torch.zeros(len(row_blocks), self.mask.num_k_blocks + 1, dtype=torch.bool, device=indices.device)
         blocks.scatter_(1, torch.where(used, indices, self.mask.num_k_blocks), True)
+        blocks |= every
         blocks[:, -1] = False
         return blocks[:, key_blocks]
 

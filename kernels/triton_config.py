@@ -58,10 +58,41 @@ _BLOCK_MASS = {
 }
 _BLOCK_MASS_FLOAT32 = (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 2))
 
+# As _FORWARD, for the kernel of the sampled errors, which accumulates three outputs. More tiles mean more passes over K and V.
+_SAMPLED = {
+    ("sm_75", 2): (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("sm_80", 2): (Config(64, 64, 4, 3), Config(64, 64, 8, 3), Config(32, 32, 8, 2)),
+    ("sm_86", 2): (Config(64, 32, 4, 3), Config(32, 64, 8, 3), Config(32, 16, 8, 2)),
+    ("sm_90", 2): (Config(64, 64, 4, 3), Config(64, 64, 8, 3), Config(32, 32, 8, 2)),
+    ("sm_100", 2): (Config(64, 64, 4, 3), Config(64, 64, 8, 3), Config(32, 16, 8, 2)),
+    ("gfx9", 2): (Config(64, 32, 4, 2), Config(64, 16, 4, 2), Config(32, 16, 4, 1)),
+    ("gfx11", 2): (Config(64, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("gfx12", 2): (Config(64, 64, 8, 1), Config(64, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("sm_75", 4): (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+_SAMPLED_FLOAT32 = (Config(32, 32, 8, 2), Config(16, 32, 8, 2), Config(16, 16, 8, 2))
+
+# (family, precision) as _FORWARD, for the forward in 8 bits. More stages, since a mask's index list and an order's table are loaded ahead
+# too: five leave two tiles of K and V in flight, or three with wgmma. On sm_100 Triton multiplies INT8 by mma.sync, for want of tcgen05's.
+_FORWARD_8BIT = {
+    ("sm_80", "int8"): (Config(128, 64, 8, 5), Config(128, 32, 8, 5), Config(64, 16, 8, 3)),
+    ("sm_86", "int8"): (Config(128, 64, 8, 5), Config(128, 32, 8, 5), Config(64, 16, 8, 3)),
+    ("sm_86", "fp8"): (Config(128, 64, 8, 5), Config(128, 64, 8, 5), Config(64, 32, 8, 3)),
+    ("sm_90", "int8"): (Config(128, 64, 8, 5), Config(128, 64, 8, 5), Config(128, 64, 8, 3)),
+    ("sm_90", "fp8"): (Config(128, 64, 8, 5), Config(128, 64, 8, 5), Config(128, 32, 8, 3)),
+    ("sm_100", "int8"): (Config(128, 64, 8, 4), Config(128, 64, 8, 5), Config(64, 32, 8, 3)),
+    ("sm_100", "fp8"): (Config(128, 64, 8, 4), Config(128, 64, 8, 5), Config(128, 32, 8, 3)),
+    ("gfx9", "int8"): (Config(128, 64, 4, 2), Config(128, 64, 4, 2), Config(64, 32, 4, 1)),
+    ("gfx9", "fp8"): (Config(128, 64, 4, 2), Config(128, 64, 4, 2), Config(64, 32, 4, 1)),
+    ("gfx11", "int8"): (Config(128, 32, 8, 1), Config(64, 32, 8, 1), Config(32, 16, 4, 1)),
+    ("gfx12", "int8"): (Config(128, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 16, 4, 1)),
+    ("gfx12", "fp8"): (Config(128, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 16, 4, 1)),
+}
+
 
 def architecture(device: torch.device) -> str:
-    """What a device's kernels are compiled for: "sm_90", "gfx942". The interpreter counts as sm_80."""
-    return "sm_80" if interpreted() else _architecture(torch.cuda.current_device() if device.index is None else device.index)
+    """What a device's kernels are compiled for: "sm_90", "gfx942". The interpreter counts as sm_89, which has every precision."""
+    return "sm_89" if interpreted() else _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
@@ -82,9 +113,9 @@ def _family(arch: str) -> str:
     return next(f"sm_{lowest}" for lowest in (100, 90, 80, 75) if capability >= lowest)
 
 
-def _choose(table: dict, float32: tuple, element_size: int, head_dim: int, arch: str, block_m: int, block_n: int) -> Config:
-    """The table's row, with its tile cut to the mask's blocks and its warps to the tile."""
-    rows = table.get((_family(arch), element_size), float32)
+def _choose(table: dict, float32: tuple | None, kind: int | str, head_dim: int, arch: str, block_m: int, block_n: int) -> Config:
+    """The table's row, with its tile cut to the mask's blocks and its warps to the tile. kind: bytes an element, or a precision."""
+    rows = table.get((_family(arch), kind), float32)
     row = rows[0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
     tile = min(row.block_m, block_m)
     # A smaller tile keeps its rows a warp, since warps that share rows have to talk for each maximum. But 64 rows have the
@@ -101,6 +132,27 @@ def forward_config(element_size: int, head_dim: int, arch: str, block_m: int = 1
 def block_mass_config(element_size: int, head_dim: int, arch: str, block_m: int = 128, block_n: int = 64) -> Config:
     """For the block mass. element_size: bytes. block_m, block_n: the largest tile that the wanted blocks allow."""
     return _choose(_BLOCK_MASS, _BLOCK_MASS_FLOAT32, element_size, head_dim, arch, block_m, block_n)
+
+
+def sampled_config(element_size: int, head_dim: int, arch: str, block_m: int = 64) -> Config:
+    """For the sampled errors. element_size: bytes. block_m: the largest tile of sampled rows, at most 64.
+
+    Fewer rows keep the warps, which then share the keys: three outputs leave none of them registers to spare.
+    """
+    row = _choose(_SAMPLED, _SAMPLED_FLOAT32, element_size, head_dim, arch, 64, 64)
+    return row._replace(block_m=min(row.block_m, block_m))
+
+
+def forward_8bit_config(precision: str, head_dim: int, arch: str, block_m: int = 128, block_n: int = 64) -> tuple[Config, bool, bool]:
+    """For the forward in 8 bits. precision: "int8" or "fp8". block_m, block_n: the mask's blocks.
+
+    Returns the row, whether V's keys are interleaved (where a thread's part of the first product is not, byte by byte, that
+    of the second), and whether padding is masked by a bias. That costs an addition a score; but a branch between the two
+    products makes Triton give mma.sync's warps other rows in each, and the weights then go through shared memory.
+    """
+    family = _family(arch)
+    fp8 = precision == "fp8"
+    return _choose(_FORWARD_8BIT, None, precision, head_dim, arch, block_m, block_n), fp8 and family in ("sm_86", "sm_90"), family in ("sm_80", "sm_86")
 
 
 def padded_head_dim(head_dim: int) -> int:

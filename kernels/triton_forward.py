@@ -1,13 +1,23 @@
 """Block-sparse and dense attention in Triton.
 
 One program takes a tile of BLOCK_M query positions of one head and walks the key tiles of its query block: those of
-the mask's index list, or with DENSE all of them. The softmax is online and in base 2. Query tiles are the fastest
-dimension of the grid and heads the slowest, so that the programs in flight share one head's K and V in the L2 cache.
-Orders are read inside: a tile's rows come from the order's table, and q, k and v are never permuted or copied.
+the mask's index list, or all of them with DENSE and for a block that keeps every key. The softmax is online and in base
+2. Query tiles are the fastest dimension of the grid and heads the slowest, so that the programs in flight share one
+head's K and V in the L2 cache. Orders are read inside: a tile's rows come from the order's table, and q, k and v are
+never permuted or copied.
+
+What says where a tile's keys lie is loaded an iteration ahead, by hand: Triton's pipeliner loads K and V ahead, but would
+spend a stage on every load that their addresses wait for, and wait for the last one in full. Tiles whose keys are all
+there take no mask: a flag a tile says which, from `TokenOrder.full_blocks` where there is an order.
+
+HAS_MASS gathers the block masses of AdaSpa's search (arXiv 2502.21079, equation 13) on the way: with m the maximum so far,
+a row's mass in a tile is the sum of its weights, exp2(score - m), times exp2(m - lse): one more exponential a row, none a score.
 
 Nothing is specialised on a sequence length, a count or the stride of a batch or head: another resolution compiles nothing.
 """
 # ruff: noqa: N803  (Triton writes what it knows at compile time in capitals)
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -55,16 +65,83 @@ def load_rows(start, rows, present, stride_s, stride_d, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def online_softmax_step(scores, scale, v, running_max, running_sum, accumulator):
-    """Takes one tile of keys into the softmax. scores [M, N] are scaled here; scale > 0, and times log2(e)."""
+def query_tile(
+    q, q_order, q_choice, tile_q, batch, head, length_q,
+    stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_q_order, stride_q_choice_b, stride_q_choice_h,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_Q_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries [BLOCK_M, BLOCK_D], the tensor row of each [BLOCK_M] and whether there is one."""
+    if HAS_Q_ORDER:
+        q_order += tl.load(q_choice + batch * stride_q_choice_b + head * stride_q_choice_h).to(tl.int64) * stride_q_order
+    rows, present = block_row_numbers(tile_q * BLOCK_M + tl.arange(0, BLOCK_M), length_q, q_order, HAS_Q_ORDER)
+    q = head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED)
+    return load_rows(q, rows, present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D), rows, present
+
+
+@triton.jit
+def key_order_of_head(k_order, full_tiles, k_choice, batch, head, stride_k_order, stride_full, stride_k_choice_b, stride_k_choice_h):
+    """A head's table of key rows, and of the tiles that are full."""
+    chosen = tl.load(k_choice + batch * stride_k_choice_b + head * stride_k_choice_h).to(tl.int64)
+    return k_order + chosen * stride_k_order, full_tiles + chosen * stride_full
+
+
+@triton.jit
+def ordered_keys(tile_k, length_k, k_order, full_tiles, BLOCK_N: tl.constexpr):
+    """The tensor rows of a tile's keys [BLOCK_N], -1 where there is none, and whether all are there. A tile past the end has none."""
+    rows, _ = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, True)
+    return rows, tl.load(full_tiles + tile_k, mask=tile_k * BLOCK_N < length_k, other=0).to(tl.int32)
+
+
+@triton.jit
+def tile_of_step(step, steps, listed, kv_indices, stride_index_m, TILES_K: tl.constexpr, DENSE: tl.constexpr):
+    """The key tile of a step: where `listed` that of the index list, else the tiles one after the other. Past the end, any that may be asked for."""
+    if DENSE:
+        tile_k = step
+    else:
+        block = tl.load(kv_indices + (step // TILES_K) * stride_index_m, mask=listed & (step < steps), other=0)
+        tile_k = tl.where(listed, block * TILES_K + step % TILES_K, step)
+    return tile_k
+
+
+@triton.jit
+def base_2_lse(lse, rows, present):
+    """Which rows have a mass, and their LSE in base 2. A row that saw no key has none, and neither has padding: their LSE is made finite."""
+    row_lse = tl.load(lse + rows, mask=present, other=float("-inf"))
+    counted = row_lse != float("-inf")
+    return counted, tl.where(counted, row_lse, 0.0) * LOG2E_DEVICE
+
+
+@triton.jit
+def store_mass(mass, row_mass, tile_q, tile_k, groups_q, tiles_k, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Sums row_mass [BLOCK_M] over each group of GROUP_M rows and writes a column of one head's mass [groups_q, tiles_k]."""
+    # As a matrix, even of one row: Triton 3.7 cannot reduce a vector to a number on sm_100 (TritonNvidiaGPUOptimizeTMemLayouts fails).
+    sums = tl.sum(tl.reshape(row_mass, [BLOCK_M // GROUP_M, GROUP_M]), 1)
+    groups = tile_q * (BLOCK_M // GROUP_M) + tl.arange(0, BLOCK_M // GROUP_M)
+    tl.store(mass + groups.to(tl.int64) * tiles_k + tile_k, sums, mask=groups < groups_q)
+
+
+@triton.jit
+def softmax_step(scores, scale, v, running_max, running_sum, accumulator):
+    """Takes one tile of keys into the softmax. scores [M, N] are scaled here; scale > 0, and times log2(e).
+
+    Returns the new maximum, the sum of the tile's own weights relative to it, the new sum and the new accumulator.
+    """
     new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
     # A row that has seen no key yet stays at minus infinity: 0 in its place keeps (-inf) - (-inf) out of the exponents.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     # [M, N]
     weights = tl.math.exp2(scores * scale - finite_max[:, None])
     correction = tl.math.exp2(running_max - finite_max)
-    running_sum = running_sum * correction + tl.sum(weights, 1)
+    tile_sum = tl.sum(weights, 1)
+    running_sum = running_sum * correction + tile_sum
     accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision="ieee")
+    return new_max, tile_sum, running_sum, accumulator
+
+
+@triton.jit
+def online_softmax_step(scores, scale, v, running_max, running_sum, accumulator):
+    """`softmax_step` for those who do not ask for the tile's own sum: new maximum, sum, accumulator."""
+    new_max, _, running_sum, accumulator = softmax_step(scores, scale, v, running_max, running_sum, accumulator)
     return new_max, running_sum, accumulator
 
 
@@ -79,15 +156,15 @@ def normalise(running_max, running_sum, accumulator):
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "length_q", "length_k", "lse_length",
+        "heads", "length_q", "length_k", "lse_length", "groups_q", "tiles_k",
         "stride_q_b", "stride_q_h", "stride_k_b", "stride_k_h", "stride_v_b", "stride_v_h", "stride_out_b", "stride_out_h",
         "stride_bias_b", "stride_count_b", "stride_count_h", "stride_count_q", "stride_index_b", "stride_index_h", "stride_index_q",
-        "stride_q_order", "stride_q_choice_b", "stride_q_choice_h", "stride_k_order", "stride_k_choice_b", "stride_k_choice_h",
+        "stride_q_order", "stride_q_choice_b", "stride_q_choice_h", "stride_k_order", "stride_full", "stride_k_choice_b", "stride_k_choice_h",
     ]
 )
 def forward_kernel(
-    q, k, v, out, lse, key_bias, kv_num_blocks, kv_indices, q_order, q_choice, k_order, k_choice,
-    scale, heads, length_q, length_k, lse_length,
+    q, k, v, out, lse, key_bias, kv_num_blocks, kv_indices, old_lse, mass, q_order, q_choice, k_order, full_tiles, k_choice,
+    scale, heads, length_q, length_k, lse_length, groups_q, tiles_k,
     stride_q_b: tl.int64, stride_q_h: tl.int64, stride_q_s, stride_q_d,
     stride_k_b: tl.int64, stride_k_h: tl.int64, stride_k_s, stride_k_d,
     stride_v_b: tl.int64, stride_v_h: tl.int64, stride_v_s, stride_v_d,
@@ -96,63 +173,86 @@ def forward_kernel(
     stride_count_b: tl.int64, stride_count_h: tl.int64, stride_count_q: tl.int64,
     stride_index_b: tl.int64, stride_index_h: tl.int64, stride_index_q: tl.int64, stride_index_m,
     stride_q_order: tl.int64, stride_q_choice_b: tl.int64, stride_q_choice_h: tl.int64,
-    stride_k_order: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_k_order: tl.int64, stride_full: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     TILES_Q: tl.constexpr, TILES_K: tl.constexpr, DENSE: tl.constexpr, HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MASS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. TILES_Q, TILES_K: tiles in a block of the mask. scale: > 0, times log2(e)."""
+    """One tile of queries. TILES_Q, TILES_K: tiles in a block of the mask. scale: > 0, times log2(e).
+
+    lse, old_lse: [B, H, lse_length]. With HAS_MASS (and DENSE): mass [B, H, groups_q, tiles_k], a number for GROUP_M positions by a tile of keys.
+    """
     tile_q = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    if HAS_Q_ORDER:
-        q_order += tl.load(q_choice + batch * stride_q_choice_b + head * stride_q_choice_h).to(tl.int64) * stride_q_order
     if HAS_K_ORDER:
-        k_order += tl.load(k_choice + batch * stride_k_choice_b + head * stride_k_choice_h).to(tl.int64) * stride_k_order
+        k_order, full_tiles = key_order_of_head(
+            k_order, full_tiles, k_choice, batch, head, stride_k_order, stride_full, stride_k_choice_b, stride_k_choice_h
+        )
     if HAS_BIAS:
         key_bias += batch * stride_bias_b
     k = head_start(k, batch, head, stride_k_b, stride_k_h, ALIGNED)
     v = head_start(v, batch, head, stride_v_b, stride_v_h, ALIGNED)
-    q = head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED)
-
-    # [BLOCK_M]
-    query_rows, query_present = block_row_numbers(tile_q * BLOCK_M + tl.arange(0, BLOCK_M), length_q, q_order, HAS_Q_ORDER)
-    # [BLOCK_M, BLOCK_D]
-    queries = load_rows(q, query_rows, query_present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D)
+    # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]
+    queries, query_rows, query_present = query_tile(
+        q, q_order, q_choice, tile_q, batch, head, length_q,
+        stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_q_order, stride_q_choice_b, stride_q_choice_h,
+        HEAD_DIM, BLOCK_D, BLOCK_M, HAS_Q_ORDER, ALIGNED,
+    )  # fmt: skip
+    if HAS_MASS:
+        mass += tl.program_id(1).to(tl.int64) * groups_q * tiles_k
+        counted, old_lse_2 = base_2_lse(old_lse + (batch * heads + head) * lse_length, query_rows, query_present)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if DENSE:
         steps = tl.cdiv(length_k, BLOCK_N)
+        listed = False
     else:
         block_q = (tile_q // TILES_Q).to(tl.int64)
         kv_indices += batch * stride_index_b + head * stride_index_h + block_q * stride_index_q
         steps = tl.load(kv_num_blocks + batch * stride_count_b + head * stride_count_h + block_q * stride_count_q) * TILES_K
+        listed = steps != tl.cdiv(length_k, BLOCK_N * TILES_K) * TILES_K
+    next_tile = tile_of_step(0, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
+    if HAS_K_ORDER:
+        next_rows, next_full = ordered_keys(next_tile, length_k, k_order, full_tiles, BLOCK_N)
+        next_tile = tile_of_step(1, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
     for step in tl.range(0, steps):
-        if DENSE:
-            tile_k = step
+        if HAS_K_ORDER:
+            # The rows of the next tile, whose number was loaded an iteration ago: two loads ahead of K and V, one of each.
+            key_rows = next_rows
+            key_present = key_rows >= 0
+            full = next_full != 0
+            next_rows, next_full = ordered_keys(next_tile, length_k, k_order, full_tiles, BLOCK_N)
+            next_tile = tile_of_step(step + 2, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
         else:
-            tile_k = tl.load(kv_indices + (step // TILES_K) * stride_index_m) * TILES_K + step % TILES_K
-        # [BLOCK_N]
-        key_rows, key_present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, HAS_K_ORDER)
+            tile_k = next_tile
+            key_rows, key_present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, None, False)
+            full = (tile_k + 1) * BLOCK_N <= length_k
+            next_tile = tile_of_step(step + 1, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
         # [BLOCK_N, BLOCK_D]
         keys = load_rows(k, key_rows, key_present, stride_k_s, stride_k_d, HEAD_DIM, BLOCK_D)
         values = load_rows(v, key_rows, key_present, stride_v_s, stride_v_d, HEAD_DIM, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if HAS_K_ORDER:
-            scores = tl.where(key_present[None, :], scores, float("-inf"))
-        elif (tile_k + 1) * BLOCK_N > length_k:
-            # Only the last tile can be ragged: the others are spared the comparison.
-            scores = tl.where(key_present[None, :], scores, float("-inf"))
+        if not full:
+            # Read anew, in the scores' layout: brought here from above it would cost every iteration.
+            if HAS_K_ORDER:
+                tile_k = tile_of_step(step, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
+            _, present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, HAS_K_ORDER)
+            scores = tl.where(present[None, :], scores, float("-inf"))
         if HAS_BIAS:
             bias = tl.load(key_bias + key_rows.to(tl.int64) * stride_bias_s, mask=key_present, other=0.0) * LOG2E_DEVICE
-            running_max, running_sum, accumulator = online_softmax_step(
+            running_max, tile_sum, running_sum, accumulator = softmax_step(
                 scores * scale + bias[None, :], 1.0, values, running_max, running_sum, accumulator
             )
         else:
-            running_max, running_sum, accumulator = online_softmax_step(scores, scale, values, running_max, running_sum, accumulator)
+            running_max, tile_sum, running_sum, accumulator = softmax_step(scores, scale, values, running_max, running_sum, accumulator)
+        if HAS_MASS:
+            # A sum of 0 stays 0, however far the maximum lies above the old LSE: 0 times infinity is kept out.
+            row_mass = tl.where(counted & (tile_sum != 0.0), tile_sum * tl.math.exp2(running_max - old_lse_2), 0.0)
+            store_mass(mass, row_mass, tile_q, step, groups_q, tiles_k, BLOCK_M, GROUP_M)
 
     result, row_lse = normalise(running_max, running_sum, accumulator)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -177,37 +277,83 @@ def order_arguments(order: TokenOrder | None, batch: int, heads: int) -> tuple[T
     return table, choice, (table.stride(0), *choice.stride())
 
 
+def key_order_arguments(order: TokenOrder | None, batch: int, heads: int, block_n: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """As `order_arguments` for a key order: the tables of rows and of full tiles and each head's choice, and their strides in that order."""
+    table, choice, strides = order_arguments(order, batch, heads)
+    if order is None:
+        return (None, None, None), (0, 0, 0, 0)
+    full_tiles = order.full_blocks(block_n).view(torch.uint8)
+    return (table, full_tiles, choice), (strides[0], full_tiles.stride(0), *strides[1:])
+
+
+def mass_tile(block: int, name: str) -> int:
+    """The largest tile, at most 128, that `block` is a multiple of. Raises ValueError where that is under the 16 of a matrix instruction."""
+    tile = min(block & -block, 128)
+    if tile < 16:
+        raise ValueError(f"the Triton kernels take blocks that are multiples of 16, and {name} is {block}")
+    return tile
+
+
+def sum_tiles(tiles: Tensor, split_q: int, split_k: int) -> Tensor:
+    """Mass of tiles [B, H, Q tiles, K tiles] to that of blocks, split_q by split_k tiles each: [B, H, Q, K]."""
+    if split_q == split_k == 1:
+        return tiles
+    spare_q, spare_k = -tiles.shape[2] % split_q, -tiles.shape[3] % split_k
+    if spare_q or spare_k:
+        tiles = torch.nn.functional.pad(tiles, (0, spare_k, 0, spare_q))
+    return tiles.unflatten(3, (-1, split_k)).unflatten(2, (-1, split_q)).sum((3, 5))
+
+
+@dataclass(frozen=True)
+class _Mass:
+    """What the block mass is gathered for: an LSE [B, H, S_q], and the wanted blocks."""
+
+    lse: Tensor
+    block_q: int
+    block_k: int
+
+
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, q_order: TokenOrder | None, k_order: TokenOrder | None,
-    scale: float, key_bias: Tensor | None, has_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Runs the kernel over a mask, or dense without one."""
+    scale: float, key_bias: Tensor | None, has_lse: bool, wanted: _Mass | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Runs the kernel over a mask, or dense without one. Returns out, and lse and mass where they are asked for."""
     batch, heads, seq_q, head_dim = q.shape
     q, scale = positive_scale(q, scale)
     out = torch.empty(batch, seq_q, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device) if has_lse else None
-    blocks = (128, 64) if mask is None else (mask.block_q, mask.block_k)
-    config = forward_config(q.element_size(), head_dim, architecture(q.device), *blocks)
     if mask is None:
-        lengths, counts, indices, mask_strides = (seq_q, k.shape[2]), None, None, (0,) * 7
+        blocks = 128, 64 if wanted is None else mass_tile(wanted.block_k, "block_k")
+        lengths = seq_q if q_order is None else q_order.length, k.shape[2] if k_order is None else k_order.length
+        counts, indices, mask_strides = None, None, (0,) * 7
     else:
         mask = mask.expand(batch, heads)
-        lengths, counts, indices = (mask.seq_q, mask.seq_k), mask.kv_num_blocks, mask.kv_indices
-        mask_strides = (*counts.stride(), *indices.stride())
+        blocks, lengths = (mask.block_q, mask.block_k), (mask.seq_q, mask.seq_k)
+        counts, indices = mask.kv_num_blocks, mask.kv_indices
+        mask_strides = *counts.stride(), *indices.stride()
+    config = forward_config(q.element_size(), head_dim, architecture(q.device), *blocks)
+    old_lse, mass, group, mass_shape = None, None, config.block_m, (0, 0)
+    if wanted is not None:
+        group = min(mass_tile(wanted.block_q, "block_q"), config.block_m)
+        mass_shape = num_blocks(lengths[0], group), num_blocks(lengths[1], config.block_n)
+        old_lse, mass = wanted.lse.contiguous(), torch.empty(batch, heads, *mass_shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
-    k_table, k_choice, k_order_strides = order_arguments(k_order, batch, heads)
+    k_tables, k_order_strides = key_order_arguments(k_order, batch, heads, config.block_n)
     with on_device(q):
         forward_kernel[num_blocks(lengths[0], config.block_m), batch * heads](
-            q, k, v, out, lse, key_bias, counts, indices, q_table, q_choice, k_table, k_choice,
-            scale, heads, *lengths, seq_q,
+            q, k, v, out, lse, key_bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables,
+            scale, heads, *lengths, seq_q, *mass_shape,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(), *((0, 0) if key_bias is None else key_bias.stride()),
             *mask_strides, *q_order_strides, *k_order_strides,
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=group,
             TILES_Q=blocks[0] // config.block_m, TILES_K=blocks[1] // config.block_n, DENSE=mask is None,
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None, HAS_BIAS=key_bias is not None,
-            HAS_LSE=has_lse, ALIGNED=heads_aligned(q, k, v, out), num_warps=config.num_warps, num_stages=config.num_stages,
+            HAS_LSE=has_lse, HAS_MASS=wanted is not None, ALIGNED=heads_aligned(q, k, v, out),
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return out, lse
+    if wanted is not None:
+        mass = sum_tiles(mass, wanted.block_q // group, wanted.block_k // config.block_n)
+    return out, lse, mass
 
 
 def block_sparse_attention(
@@ -215,9 +361,17 @@ def block_sparse_attention(
     scale: float, key_bias: Tensor | None, return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`. Returns out and, where asked for, lse."""
-    return _launch(q, k, v, mask, q_order, k_order, scale, key_bias, return_lse)
+    return _launch(q, k, v, mask, q_order, k_order, scale, key_bias, return_lse)[:2]
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `kernels.attention_with_lse`."""
-    return _launch(q, k, v, None, None, None, scale, key_bias, True)
+    return _launch(q, k, v, None, None, None, scale, key_bias, True)[:2]
+
+
+def attention_with_mass(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, q_order: TokenOrder | None, k_order: TokenOrder | None,
+    scale: float, key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.attention_with_mass`. Raises ValueError for blocks that are no multiples of 16."""
+    return _launch(q, k, v, None, q_order, k_order, scale, key_bias, True, _Mass(lse, block_q, block_k))

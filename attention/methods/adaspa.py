@@ -2,14 +2,17 @@
 
 Paper: arXiv 2502.21079 v1 (ICCV 2025), section 4. No code by its authors is public; the choices below are ours.
 
-The last warm-up step runs dense and keeps each row's log-sum-exp; from it the softmax mass of every pair of blocks is
-summed (equation 13), and each row of blocks keeps its heaviest ones (equation 14). Later searches reuse that first
-LSE and need one pass over q and k, no softmax. Text is always kept, as keys and as queries.
+The last warm-up step runs dense, the softmax mass of every pair of blocks is summed with each row's log-sum-exp
+(equation 13), and each row of blocks keeps its heaviest ones (equation 14). Later searches reuse that first LSE and
+need one pass over q and k, no softmax. Text is always kept, as keys and as queries.
 What the paper leaves open, and what is done here:
 - Text counts in the budget, and the video rows of a head keep equally many blocks.
 - Head-adaptive sparsity (section 4.2) is decided for each batch entry alone. At most half of the heads can be raised,
   and the step up and down is cut so that both ends stay possible; so the mean is always the one asked for.
 - Recall is the kept share of the actual sum of masses, since a cached LSE makes rows not sum to one.
+- The first search takes no second pass over q and k, as the paper's does: the warm-up step before it keeps its LSE, and
+  the masses are gathered under that while the search step computes its dense output. With one warm-up step, or where a
+  cache skipped the step before, there is no earlier LSE, and the paper's second pass is made with the current one.
 - Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run.
 - Blocks are 128 queries by 64 keys (the paper: 64 by 64). With `token_order` "tile", blocks are compact boxes of video
   rather than runs of a raster line; "raster" is the paper's.
@@ -17,7 +20,7 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,8 +64,8 @@ CONFIG = AdaSpaConfig
 
 
 def first_step(schedule: Schedule) -> int:
-    """The first step that this method has a part in: the search is in the last warm-up step."""
-    return max(schedule.warmup - 1, 0)
+    """The first step that this method has a part in: the search is in the last warm-up step, and the step before keeps its LSE."""
+    return max(schedule.warmup - 2, 0)
 
 
 def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> SparsePlan | Dense:
@@ -72,12 +75,15 @@ def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Sparse
     if blocks.limit:
         run.note(blocks.limit)
     found = state.found
-    if found is None:
+    if (found is None or found.what is None) and call.step < run.schedule.warmup - 1:
+        return _keep_lse(call, state)
+    if found is None or found.what is None:
         return _first_search(call, config, state, blocks)
     if call.step < run.schedule.warmup:
         return Dense("warm-up step", planned=True)
     if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
-        state.found = _search(call, config, state, blocks, found.lse.float())
+        masses = _Masses(call, state, blocks, found.lse)
+        state.found = _found(masses, call, config, state, blocks, found.lse)
     state.figures = Figures(density=state.found.what.density, recall=state.found.what.recall)
     return blocks.plan(state.found.what)
 
@@ -95,40 +101,80 @@ def _due_later(refresh: int, schedule: Schedule, step: int) -> bool:
     return refresh > 0 and step + refresh < schedule.steps - schedule.end
 
 
-def _first_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
-    """Fused search: dense attention that hands out its LSE, then the block masses from it."""
+def _keep_lse(call: AttentionCall, state: LayerState) -> Dense:
+    """The step before the search: dense attention that hands out its LSE."""
     out, lse = kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)
-    state.found = _search(call, config, state, blocks, lse)
+    state.found = Found(call.step, None, lse.half())
+    return Dense("warm-up step", planned=True, output=out)
+
+
+def _first_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
+    """Dense attention and the block masses: in one pass under the LSE of the step before, in two where there is none."""
+    if state.found is not None:
+        masses = _Masses(call, state, blocks, state.found.lse, dense=True)
+        out, lse = masses.output()
+    else:
+        out, lse = kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)
+        masses = _Masses(call, state, blocks, lse)
+    state.found = _found(masses, call, config, state, blocks, lse)
     return Dense("search step", planned=True, output=out)
 
 
-def _search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, lse: Tensor) -> Found:
-    """Block masses by groups of heads, then the choice of blocks over all heads together."""
-    batch, heads = call.q.shape[:2]
-    ranks, share, totals = [], [], []
-    group = max(1, min(state.run.head_chunk or heads, _SEARCH_BYTES // (batch * blocks.rows * blocks.columns * 4)))
-    for start in range(0, heads, group):
-        part = slice(start, start + group)
-        mass = kernels.block_mass(
-            call.q[:, part], call.k[:, part], lse[:, part], BLOCK_Q, BLOCK_K, q_order=blocks.q_order, k_order=blocks.k_order,
-            scale=call.scale, key_bias=call.key_bias, backend=state.run.backend,
-        )
-        video = mass[:, :, blocks.sink_rows :, blocks.sink_columns :]
+class _Masses:
+    """What the choice of blocks needs of the block masses, taken from them by groups of heads: all of them at once are large.
+
+    ranks: [B, H, Qv, Kv] integers, the place of each video block in its row, heaviest first. share: [B, H, Kv], the mass that
+    each count of blocks keeps. totals: [B, H], all mass, sinks included.
+    """
+
+    def __init__(self, call: AttentionCall, state: LayerState, blocks: VideoBlocks, lse: Tensor, dense: bool = False):
+        """lse: [B, H, S], current or earlier. dense: compute the call's dense output on the way."""
+        self._blocks, self._dense = blocks, []
+        batch, heads = call.q.shape[:2]
+        group = max(1, min(state.run.head_chunk or heads, _SEARCH_BYTES // (batch * blocks.rows * blocks.columns * 4)))
+        found = []
+        for start in range(0, heads, group):
+            part = slice(start, start + group)
+            q, k, v = call.q[:, part], call.k[:, part], call.v[:, part]
+            options = {
+                "q_order": blocks.q_order, "k_order": blocks.k_order, "scale": call.scale, "key_bias": call.key_bias, "backend": state.run.backend,
+            }
+            if dense:
+                out, own_lse, mass = kernels.attention_with_mass(q, k, v, lse[:, part], BLOCK_Q, BLOCK_K, **options)
+                self._dense.append((out, own_lse))
+            else:
+                mass = kernels.block_mass(q, k, lse[:, part], BLOCK_Q, BLOCK_K, **options)
+            found.append(self._of(mass))
+        self.ranks, self.share, self.totals = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+    def _of(self, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        video = mass[:, :, self._blocks.sink_rows :, self._blocks.sink_columns :]
         ordered, places = video.sort(dim=-1, descending=True, stable=True)
-        # One count serves all rows of a head, so what a count keeps is summed over its rows once, for every count.
-        share.append(ordered.sum(2, dtype=torch.float32).cumsum(-1))
-        totals.append(mass.sum((2, 3)))
         counting = torch.arange(video.shape[-1], dtype=torch.int16 if video.shape[-1] < 2**15 else torch.int32, device=mass.device)
-        ranks.append(torch.empty(video.shape, dtype=counting.dtype, device=mass.device).scatter_(-1, places, counting.expand(video.shape)))
-    choice = _choose(torch.cat(ranks, 1), torch.cat(share, 1), torch.cat(totals, 1), blocks, config)
+        ranks = torch.empty(video.shape, dtype=counting.dtype, device=mass.device).scatter_(-1, places, counting.expand(video.shape))
+        # One count serves all rows of a head, so what a count keeps is summed over its rows once, for every count.
+        return ranks, ordered.sum(2, dtype=torch.float32).cumsum(-1), mass.sum((2, 3))
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        """The dense output [B, H, S, D] and its LSE [B, H, S]."""
+        if len(self._dense) == 1:
+            return self._dense[0]
+        return torch.cat([out for out, _ in self._dense], 1), torch.cat([lse for _, lse in self._dense], 1)
+
+
+def _found(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, lse: Tensor) -> Found:
+    """The choice of blocks over all heads together; the LSE is kept while another search is due."""
+    choice = _choose(masses.ranks, masses.share, masses.totals, blocks, config)
     state.run.record.searched(call.step)
-    keep_lse = lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None
-    return Found(call.step, choice, keep_lse)
+    return Found(call.step, choice, lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The blocks of one layer and condition. bits: uint8 [B, H, Q, ceil(K/8)]; density, recall: [B, H], on the CPU."""
+    """The blocks of one layer and condition. bits: uint8 [B, H, Q, ceil(K/8)]; density, recall: [B, H], on the CPU.
+
+    max_count: the most blocks of a video row. Rows of text keep all and need no list.
+    """
 
     bits: Tensor
     max_count: int
@@ -137,11 +183,7 @@ class Choice:
 
 
 def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, config: AdaSpaConfig) -> Choice:
-    """Equation 14 and section 4.2.
-
-    ranks: [B, H, Qv, Kv], the place of each video block in its row, heaviest first. share: [B, H, Kv], the mass that
-    each count of blocks keeps. totals: [B, H], all mass, sinks included.
-    """
+    """Equation 14 and section 4.2, from what `_Masses` says."""
     costs = blocks.costs(ranks[..., -1].cpu(), ranks.shape[-1])
     share, totals = share.cpu().double(), totals.cpu().double()
     always = totals - share[..., -1]  # the sinks' mass
@@ -156,7 +198,7 @@ def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, c
     keep = blocks.with_sinks(ranks < counts.to(ranks.device)[..., None, None])
     pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
     return Choice(
-        bits=_pack(keep), max_count=blocks.most_blocks_of_a_row(int(counts.max())),
+        bits=_pack(keep), max_count=blocks.sink_columns + int(counts.max()),
         density=(pairs / blocks.layout.seq_len**2).float(), recall=recall(counts).float(),
     )
 
@@ -209,10 +251,9 @@ class VideoBlocks:
             positions_q, positions_k = len(q_rows), len(k_rows)
         paid = pairs_of_sinks(layout)
         blocks = cls(layout, q_order, k_order, positions_q, positions_k, paid, None, config.sparsity)
-        least = paid + layout.video_tokens * min(blocks.least_count * BLOCK_K, layout.video_tokens)
-        if least <= pairs_allowed(layout, config.sparsity):
-            return blocks
-        return cls(layout, q_order, k_order, positions_q, positions_k, paid, limit_note(layout, least), config.sparsity)
+        if blocks.least_pairs > pairs_allowed(layout, config.sparsity):
+            return replace(blocks, limit=limit_note(layout, blocks.least_pairs))
+        return blocks
 
     @property
     def rows(self) -> int:
@@ -236,14 +277,14 @@ class VideoBlocks:
         return min(BLOCK_Q // BLOCK_K, self.columns - self.sink_columns)
 
     @property
+    def least_pairs(self) -> int:
+        """Pairs of the sinks and of each row's least count."""
+        return self.paid + self.layout.video_tokens * min(self.least_count * BLOCK_K, self.layout.video_tokens)
+
+    @property
     def most_sparsity(self) -> float:
         """The largest sparsity that leaves every row the sinks and its least count."""
-        least = self.paid + self.layout.video_tokens * min(self.least_count * BLOCK_K, self.layout.video_tokens)
-        return 1 - least / self.layout.seq_len**2
-
-    def most_blocks_of_a_row(self, count: int) -> int:
-        """The room that index lists need where video rows keep `count` video blocks."""
-        return self.columns if self.sink_rows else self.sink_columns + count
+        return 1 - self.least_pairs / self.layout.seq_len**2
 
     def costs(self, last: Tensor, columns: int) -> Tensor:
         """Pairs that each count of video blocks costs a head, float64 [B, H, Kv]: exact, though the last block may be short.

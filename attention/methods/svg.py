@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ... import kernels
 from ...kernels import BlockMask, SparsePlan, TokenOrder
-from ..budget import BLOCK_K, BLOCK_Q, limit_note, pairs_allowed, pairs_of_sinks
+from ..budget import BLOCK_K, BLOCK_Q, limit_notes, pairs_allowed, pairs_of_sinks
 from ..call import AttentionCall, Dense
 from ..config import MethodConfig
 from ..layout import VideoLayout, in_sections
@@ -96,12 +96,13 @@ def sampled_rows(seed: int, step: int, layer: int, count: int, total: int) -> Te
 class Bands:
     """Both kinds of head on one layout, on one device.
 
-    q_rows, k_rows: int32 [2, P], the spatial and the temporal order. counts, indices: their masks, [2, Q], [2, Q, M].
+    q_order, k_order: the spatial and the temporal order of queries and of keys, in rows 0 and 1. counts, indices: their
+    masks, [2, Q], [2, Q, M].
     densities: float [2]. widths: the bands' half-widths in tokens. limits: what to say where the budget could not be met.
     """
 
-    q_rows: Tensor
-    k_rows: Tensor
+    q_order: TokenOrder
+    k_order: TokenOrder
     counts: Tensor
     indices: Tensor
     densities: Tensor
@@ -114,40 +115,40 @@ class Bands:
         cpu = torch.device("cpu")
         video = layout.video_rows(cpu)
         sinks = layout.sink_rows(cpu)
-        q_rows, k_rows, blocks, widths, limits = [], [], [], [], []
+        q_rows, k_rows, blocks, widths, least_pairs = [], [], [], [], {}
         for kind, in_kind in (("spatial", video), ("temporal", video.permute(1, 2, 0))):  # frame-major, token-major
             q_rows.append(in_sections([sinks, in_kind], BLOCK_Q))
             later = in_kind.flatten()[in_kind.flatten() >= layout.prefix + layout.tokens_per_frame]
             k_rows.append(in_sections([sinks, video[0], later], BLOCK_K))
-            kept, width, least = _band(layout, sparsity, in_kind.flatten(), later)
+            kept, width, least_pairs[kind] = _band(layout, sparsity, in_kind.flatten(), later)
             blocks.append(kept)
             widths.append(width)
-            if least is not None:
-                limits.append(limit_note(layout, least, kind))
         q_rows, k_rows = torch.stack(q_rows), torch.stack(k_rows)
         mask = BlockMask.from_blocks(torch.stack(blocks)[None], BLOCK_Q, BLOCK_K, q_rows.shape[1], k_rows.shape[1])
         kinds = torch.tensor([[SPATIAL, TEMPORAL]])
         densities = kernels.density(SparsePlan(mask, TokenOrder(q_rows, kinds), TokenOrder(k_rows, kinds)), layout.seq_len, layout.seq_len)
-        tables = [table.to(device) for table in (q_rows, k_rows, mask.kv_num_blocks[0], mask.kv_indices[0], densities[0].float())]
-        return cls(*tables, widths=tuple(widths), limits=tuple(limits))
+        counts, indices, densities = (table[0].to(device) for table in (mask.kv_num_blocks, mask.kv_indices, densities.float()))
+        # One object each for the whole run: what kernels work out from an order is kept with it.
+        q_order, k_order = (TokenOrder(rows.to(device), kinds.to(device)) for rows in (q_rows, k_rows))
+        return cls(q_order, k_order, counts, indices, densities, tuple(widths), limit_notes(layout, least_pairs))
 
     def plan(self, temporal: Tensor) -> SparsePlan:
         """Each head's band by its kind: temporal is bool [B, H]."""
         kind = temporal.long()
-        return SparsePlan(self._mask(self.counts[kind], self.indices[kind]), TokenOrder(self.q_rows, kind), TokenOrder(self.k_rows, kind))
+        return SparsePlan(self._mask(self.counts[kind], self.indices[kind]), self.q_order.for_heads(kind), self.k_order.for_heads(kind))
 
     def candidates(self) -> list[SparsePlan]:
         """The plan of each kind, for all heads alike: what profiling compares."""
         return [
             SparsePlan(
                 self._mask(self.counts[None, None, kind], self.indices[None, None, kind]),
-                TokenOrder.shared(self.q_rows[kind]), TokenOrder.shared(self.k_rows[kind]),
+                *(order.for_heads(order.head_order[:, kind : kind + 1]) for order in (self.q_order, self.k_order)),
             )
             for kind in (SPATIAL, TEMPORAL)
         ]
 
     def _mask(self, counts: Tensor, indices: Tensor) -> BlockMask:
-        return BlockMask(counts, indices, BLOCK_Q, BLOCK_K, self.q_rows.shape[1], self.k_rows.shape[1])
+        return BlockMask(counts, indices, BLOCK_Q, BLOCK_K, self.q_order.length, self.k_order.length)
 
 
 def _band(layout: VideoLayout, sparsity: float, queries: Tensor, keys: Tensor) -> tuple[Tensor, int, float | None]:

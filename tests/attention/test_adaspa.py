@@ -240,8 +240,9 @@ def test_searching_by_groups_of_heads_changes_nothing(monkeypatch):
     qkv = heads_of_all_kinds(layout)
     _, whole, found = searched(layout, qkv)
     groups = []
-    measure = kernels.block_mass
-    monkeypatch.setattr(kernels, "block_mass", lambda q, *args, **kwargs: groups.append(q.shape[1]) or measure(q, *args, **kwargs))
+    for name in ("block_mass", "attention_with_mass"):
+        measure = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda q, *args, measure=measure, **kwargs: groups.append(q.shape[1]) or measure(q, *args, **kwargs))
     blocks = VideoBlocks.build(layout, adaspa.CONFIG(), CPU)
     monkeypatch.setattr(adaspa, "_SEARCH_BYTES", 4 * blocks.rows * blocks.columns * 4)
     _, parts, found_in_parts = searched(layout, qkv)
@@ -251,13 +252,21 @@ def test_searching_by_groups_of_heads_changes_nothing(monkeypatch):
 
 
 def steps_of(run, layout, qkv, steps):
-    """What each step gives: "dense" (with the output on the way), the reason, or "sparse"; the step of its plan; whether an LSE is kept."""
+    """What each step gives, the step of what was found, and whether an LSE is kept.
+
+    "search" and "before" are dense, with the output computed on the way; else "sparse" or the reason.
+    """
     seen = []
     for step in steps:
         call = make_call(layout, qkv, step=step)
         answer = sparse_attention(call, run)
         found = run.state(call).found
-        kind = ("dense" if answer.output is not None else answer.reason) if isinstance(answer, Dense) else "sparse"
+        if not isinstance(answer, Dense):
+            kind = "sparse"
+        elif answer.output is None:
+            kind = answer.reason
+        else:
+            kind = "before" if found.what is None else "search"
         seen.append((step, kind, found and found.step, bool(found) and found.lse is not None))
     return seen
 
@@ -269,47 +278,51 @@ EVERY_STEP = tuple(range(10))
 
 @pytest.mark.parametrize("knobs, steps, expected", [
     pytest.param({}, EVERY_STEP, [
-        (0, WARM, None, False), (1, "dense", 1, True), (2, "sparse", 1, True), (3, "sparse", 1, True), (4, "sparse", 1, True),
+        (0, "before", 0, True), (1, "search", 1, True), (2, "sparse", 1, True), (3, "sparse", 1, True), (4, "sparse", 1, True),
         (5, "sparse", 5, False), (6, "sparse", 5, False), (7, "sparse", 5, False), (8, "sparse", 5, False), (9, "sparse", 5, False),
     ], id="the paper's two searches"),
     pytest.param({}, (1, 1, 2, 5, 5, 6), [
-        (1, "dense", 1, True), (1, WARM, 1, True), (2, "sparse", 1, True), (5, "sparse", 5, False), (5, "sparse", 5, False), (6, "sparse", 5, False),
+        (1, "search", 1, True), (1, WARM, 1, True), (2, "sparse", 1, True), (5, "sparse", 5, False), (5, "sparse", 5, False), (6, "sparse", 5, False),
     ], id="two evaluations a step"),
+    pytest.param({}, (0, 0, 1, 2), [(0, "before", 0, True), (0, "before", 0, True), (1, "search", 1, True), (2, "sparse", 1, True)],
+        id="two evaluations of the step before the search"),
+    pytest.param({"warmup": 7}, (4, 5, 5, 6), [(4, WARM, None, False), (5, "before", 5, True), (5, "before", 5, True), (6, "search", 6, False)],
+        id="a long warm-up"),
     pytest.param({}, (1, 2, 4, 7, 8), [
-        (1, "dense", 1, True), (2, "sparse", 1, True), (4, "sparse", 1, True), (7, "sparse", 7, False), (8, "sparse", 7, False),
+        (1, "search", 1, True), (2, "sparse", 1, True), (4, "sparse", 1, True), (7, "sparse", 7, False), (8, "sparse", 7, False),
     ], id="a cache skips the refresh"),
     pytest.param({}, (0, 3, 4, 5), [
-        (0, WARM, None, False), (3, "dense", 3, True), (4, "sparse", 3, True), (5, "sparse", 5, False),
+        (0, "before", 0, True), (3, "search", 3, True), (4, "sparse", 3, True), (5, "sparse", 5, False),
     ], id="a cache skips the first search"),
-    pytest.param({}, (0, 6, 7), [(0, WARM, None, False), (6, "dense", 6, False), (7, "sparse", 6, False)], id="a cache skips both"),
+    pytest.param({}, (0, 6, 7), [(0, "before", 0, True), (6, "search", 6, False), (7, "sparse", 6, False)], id="a cache skips both"),
     pytest.param({"cache_refresh": 0}, (1, 2, 5, 9), [
-        (1, "dense", 1, False), (2, "sparse", 1, False), (5, "sparse", 1, False), (9, "sparse", 1, False),
+        (1, "search", 1, False), (2, "sparse", 1, False), (5, "sparse", 1, False), (9, "sparse", 1, False),
     ], id="never again"),
     pytest.param({"cache_refresh": 3}, EVERY_STEP[1:], [
-        (1, "dense", 1, True), (2, "sparse", 1, True), (3, "sparse", 1, True), (4, "sparse", 4, True), (5, "sparse", 4, True), (6, "sparse", 4, True),
-        (7, "sparse", 7, False), (8, "sparse", 7, False), (9, "sparse", 7, False),
+        (1, "search", 1, True), (2, "sparse", 1, True), (3, "sparse", 1, True), (4, "sparse", 4, True), (5, "sparse", 4, True),
+        (6, "sparse", 4, True), (7, "sparse", 7, False), (8, "sparse", 7, False), (9, "sparse", 7, False),
     ], id="every three steps"),
     pytest.param({"cache_refresh": 3}, (1, 5, 6, 7, 8), [
-        (1, "dense", 1, True), (5, "sparse", 5, True), (6, "sparse", 5, True), (7, "sparse", 5, True), (8, "sparse", 8, False),
+        (1, "search", 1, True), (5, "sparse", 5, True), (6, "sparse", 5, True), (7, "sparse", 5, True), (8, "sparse", 8, False),
     ], id="every three steps, one skipped"),
-    pytest.param({"warmup": 0}, (0, 1, 5), [(0, "dense", 0, True), (1, "sparse", 0, True), (5, "sparse", 5, False)], id="no warm-up"),
+    pytest.param({"warmup": 0}, (0, 1, 5), [(0, "search", 0, True), (1, "sparse", 0, True), (5, "sparse", 5, False)], id="no warm-up"),
     pytest.param({"warmup": 7}, (5, 6, 7, 8), [
-        (5, WARM, None, False), (6, "dense", 6, False), (7, "sparse", 6, False), (8, "sparse", 6, False),
+        (5, "before", 5, True), (6, "search", 6, False), (7, "sparse", 6, False), (8, "sparse", 6, False),
     ], id="warm-up past the refresh"),
     pytest.param({"refresh_at": None}, (1, 2, 9), [
-        (1, "dense", 1, False), (2, "sparse", 1, False), (9, "sparse", 1, False),
+        (1, "search", 1, False), (2, "sparse", 1, False), (9, "sparse", 1, False),
     ], id="no refresh in this run"),
     pytest.param({"cache_refresh": 3, "end": 3}, (1, 4, 6, 7), [
-        (1, "dense", 1, True), (4, "sparse", 4, False), (6, "sparse", 4, False), (7, "one of the last steps", 4, False),
+        (1, "search", 1, True), (4, "sparse", 4, False), (6, "sparse", 4, False), (7, "one of the last steps", 4, False),
     ], id="no LSE for a search in the dense last steps"),
     pytest.param({"end": 5}, (1, 4, 5), [
-        (1, "dense", 1, False), (4, "sparse", 1, False), (5, "one of the last steps", 1, False),
+        (1, "search", 1, False), (4, "sparse", 1, False), (5, "one of the last steps", 1, False),
     ], id="the refresh is in the dense last steps"),
 ])
 def test_schedule(knobs, steps, expected):
     run = make_session(adaspa, **knobs)
     assert steps_of(run, LAYOUT, random_qkv(LAYOUT), steps) == expected
-    assert sorted(run.record.searches.elements()) == sorted({found for _, kind, found, _ in expected if kind in ("dense", "sparse")})
+    assert sorted(run.record.searches.elements()) == sorted({found for _, kind, found, _ in expected if kind in ("search", "sparse")})
 
 
 def test_the_search_step_gives_dense_attention_and_later_ones_need_no_softmax(monkeypatch):
@@ -328,6 +341,46 @@ def test_the_search_step_gives_dense_attention_and_later_ones_need_no_softmax(mo
     plan = adaspa.plan(call, run.config, run.state(call))
     assert run.state(call).found.step == 5
     assert relative_error(out, attention(*changed, token_mask(plan, layout, 1, 2), scale=0.3)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["all heads", "groups of heads"])
+def test_a_search_after_a_kept_lse_takes_one_pass(groups, monkeypatch):
+    """The step before keeps its LSE; the search step computes dense attention and the masses under that LSE together."""
+    layout = LAYOUTS["5x10x13+prefix"]
+    before, now = random_qkv(layout, seed=3), random_qkv(layout, seed=4)
+    if groups == 2:
+        blocks = VideoBlocks.build(layout, adaspa.CONFIG(), CPU)
+        monkeypatch.setattr(adaspa, "_SEARCH_BYTES", 4 * blocks.rows * blocks.columns)
+    run = make_session(adaspa, sparsity=0.5)
+    answer = sparse_attention(make_call(layout, before, step=0, scale=0.3), run)
+    expected, lse = attention(*before, scale=0.3)
+    assert answer.planned and relative_error(answer.output, expected) < 1e-5
+    assert torch.allclose(run.state(make_call(layout, before, step=0)).found.lse.double(), lse, atol=0.02)
+
+    def refuse(*_, **__):
+        raise AssertionError("a pass over q and k beside the dense one")
+
+    monkeypatch.setattr(kernels, "block_mass", refuse)
+    call = make_call(layout, now, step=1, scale=0.3)
+    answer = sparse_attention(call, run)
+    assert relative_error(answer.output, attention(*now, scale=0.3)[0]) < 1e-5
+    found = run.state(call).found
+    assert found.lse is not None and torch.allclose(found.lse.double(), attention(*now, scale=0.3)[1], atol=0.02)
+
+    # The same blocks as a search in two passes under the earlier LSE finds.
+    monkeypatch.undo()
+    mass = kernels.block_mass(
+        now[0], now[1], lse.half().float(), BLOCK_Q, BLOCK_K, q_order=(plan := blocks_of(run, call)).q_order, k_order=plan.k_order, scale=0.3,
+    )
+    kept = run.state(call).found.what.recall
+    share = (mass * plan.mask.to_blocks()).sum((2, 3)) / mass.sum((2, 3))
+    assert torch.allclose(share, kept, atol=1e-4)
+
+
+def blocks_of(run, call):
+    """The plan of a call whose blocks have been found."""
+    blocks = VideoBlocks.build(call.layout, run.config, CPU)
+    return blocks.plan(run.state(call).found.what)
 
 
 @every_layout

@@ -11,7 +11,7 @@ BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 def test_defaults_are_the_released_ones():
     """Input ids and defaults never change once released."""
-    shared = {"warmup_steps": -1, "cache_refresh": -1, "end_steps": 0, "min_tokens": -1, "backend": "auto", "strict": False}
+    shared = {"warmup_steps": -1, "cache_refresh": -1, "end_steps": 0, "min_tokens": -1, "backend": "auto", "strict": False, "precision": "auto"}
     assert vars(svg.CONFIG()) == {**shared, "sparsity": 0.7, "dense_layers": "0", "sampled_rows": 64}
     assert vars(adaspa.CONFIG()) == {**shared, "sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "tile"}
 
@@ -21,6 +21,7 @@ def test_defaults_are_the_released_ones():
     ("sparsity", 0), ("sparsity", 0.0), ("sparsity", 0.95), ("warmup_steps", -1), ("warmup_steps", 0), ("warmup_steps", 1000),
     ("cache_refresh", -1), ("cache_refresh", 0), ("cache_refresh", 3), ("end_steps", 0), ("min_tokens", -1), ("min_tokens", 10**6),
     ("dense_layers", ""), ("dense_layers", " 0-2, -1 "), *[("backend", name) for name in ("auto", "triton", "torch", "reference")],
+    *[("precision", name) for name in ("auto", "int8", "fp8")],
 ])
 def test_the_ends_of_every_range_are_taken(config, knob, value):
     assert getattr(config(**{knob: value}), knob) == value
@@ -37,6 +38,7 @@ NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, [1]]
     *[("end_steps", value) for value in (-1, 2.5, *NOT_NUMBERS)],
     *[("min_tokens", value) for value in (-2, 0.1, *NOT_NUMBERS)],
     *[("backend", value) for value in ("cuda", "", "Auto", None, 1)],
+    *[("precision", value) for value in ("fp16", "", "INT8", None, 8)],
     *[("dense_layers", value) for value in ("x", "3-1", "1;2", None, 0)],
 ], ids=lambda value: repr(value) if not isinstance(value, str) else value or "empty")
 def test_what_lies_outside_is_refused_by_name(config, knob, value):

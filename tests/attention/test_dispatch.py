@@ -33,7 +33,7 @@ def gated(session=None, step=3, layer=1, layout=SMALL, q=None, k=None, **call):
 
 @pytest.mark.parametrize("reason, planned, answer", [
     pytest.param("warm-up step", True, lambda: gated(step=1), id="warm-up"),
-    pytest.param("warm-up step", True, lambda: gated(make_session(adaspa, warmup=4), step=2), id="before AdaSpa's search"),
+    pytest.param("warm-up step", True, lambda: gated(make_session(adaspa, warmup=4), step=1), id="before AdaSpa's search"),
     pytest.param("one of the last steps", True, lambda: gated(make_session(svg, end=2), step=8), id="end"),
     pytest.param("dense layer", True, lambda: gated(make_session(svg, dense_layers="1-2")), id="dense layer"),
     pytest.param("dense layer", True, lambda: gated(make_session(svg, dense_layers="-1", layers=6), layer=5), id="dense layer from the end"),
@@ -93,6 +93,42 @@ def test_a_backend_that_cannot_is_said(monkeypatch):
     run = make_session(svg, backend="reference")
     sparse_attention(make_call(SMALL), run)
     assert run.record.backend == "reference" and not any("Triton" in note for note in run.record.notes)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_precision_is_the_kernels(precision):
+    """In the reference, which has them all: the dispatch hands it on, in chunks of heads too, and says nothing."""
+    qkv = random_qkv(WITH_TEXT, heads=3, dim=32)
+    run = make_session(svg, sparsity=0.5, backend="reference", precision=precision, strict=True)
+    out = sparse_attention(make_call(WITH_TEXT, qkv), run)
+    exact = sparse_attention(make_call(WITH_TEXT, qkv), make_session(svg, sparsity=0.5, backend="reference"))
+    assert 1e-4 < relative_error(out, exact) < 0.1 and not any("precision" in note for note in run.record.notes)
+    run.head_chunk = 2
+    assert relative_error(sparse_attention(make_call(WITH_TEXT, qkv), run), out) < 1e-6
+    call = make_call(WITH_TEXT, qkv)
+    plan = svg.plan(call, run.config, run.state(call))
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "backend": "reference", "precision": precision}
+    assert torch.equal(out, kernels.block_sparse_attention(*qkv, plan.mask, **options))
+
+
+@every_method
+def test_a_precision_that_cannot_be_had_is_said_once(method):
+    layout, qkv = WITH_TEXT, random_qkv(WITH_TEXT, heads=2)
+    expected = outputs(make_session(method, sparsity=0.5, backend="torch"), layout, qkv, (1, 2, 3) if method is adaspa else (3, 4))
+    run = make_session(method, sparsity=0.5, backend="torch", precision="int8")
+    assert all(torch.equal(a, b) for a, b in zip(outputs(run, layout, qkv, (1, 2, 3) if method is adaspa else (3, 4)), expected, strict=True))
+    said = "precision int8: the torch backend computes in the tensors' own precision alone"
+    assert [note for note in run.record.notes if "precision" in note] == [f"{said}; computed in float32"] and run.record.sparse_calls == 2
+    strict = make_session(method, sparsity=0.5, backend="torch", precision="int8", strict=True)
+    assert gated(strict) == Dense(said) and not Dense(said).planned
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's Triton may well do it")
+def test_an_automatic_backend_names_what_triton_lacks():
+    run = make_session(svg, precision="fp8")
+    assert isinstance(sparse_attention(make_call(SMALL), run), torch.Tensor)
+    reason = kernels.why_not("triton", *random_qkv(SMALL), precision="fp8")
+    assert f"precision fp8: {reason}; computed in float32" in run.record.notes
 
 
 def test_sparse_calls_are_on_record_and_dense_ones_are_the_callers():

@@ -71,7 +71,7 @@ def test_a_method_may_need_one(asked, warmup):
 def test_each_methods_first_step():
     assert (svg.LEAST_WARMUP, adaspa.LEAST_WARMUP) == (0, 1)
     assert [svg.first_step(Schedule((1.0, 0.0), warmup, 0, None)) for warmup in (0, 1, 10)] == [0, 1, 10]
-    assert [adaspa.first_step(Schedule((1.0, 0.0), warmup, 0, None)) for warmup in (0, 1, 10)] == [0, 0, 9]
+    assert [adaspa.first_step(Schedule((1.0, 0.0), warmup, 0, None)) for warmup in (0, 1, 2, 10)] == [0, 0, 0, 8]
 
 
 def test_warmup_and_end_steps():

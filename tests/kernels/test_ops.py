@@ -11,22 +11,15 @@ from pack.kernels import BlockMask, SparsePlan, TokenOrder
 
 BACKENDS = ("reference", "torch")
 CASES = range(240)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """A row that nobody writes must show: fresh memory is NaN."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _bias(case):
     return None if case.key_bias is None else torch.where(case.key_bias < -1e30, 0.0, case.key_bias)
+
+
+def _order_holds_every_key(case):
+    return case.plan.k_order is None or bool(((case.plan.k_order.rows >= 0).sum(1) == case.k.shape[2]).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,6 +78,28 @@ def test_dense_lse_block_mass_and_sampled_errors(seed, backend):
     assert torch.allclose(errors[0].double(), squared, rtol=1e-3, atol=1e-9)
     if len(errors) > 1:
         assert errors[1].max() < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [seed for seed in range(0, 240, 3) if _order_holds_every_key(make(seed))])
+def test_attention_with_mass_is_dense_attention_and_the_mass_under_the_lse_given(seed, backend):
+    case = make(seed)
+    unmasked = None if case.key_bias is None else (case.key_bias > -1e30)[:, None, None]
+    expected, current = attention(case.q, case.k, case.v, unmasked, case.scale, _bias(case))
+    generator = torch.Generator().manual_seed(seed)
+    earlier = current.float() + torch.randn(current.shape, generator=generator)
+    earlier[:, :, ::5] = -torch.inf  # rows that saw nothing then
+    mask = case.plan.mask
+    options = {"q_order": case.plan.q_order, "k_order": case.plan.k_order, "scale": case.scale, "key_bias": case.key_bias, "backend": backend}
+    out, lse, mass = kernels.attention_with_mass(case.q, case.k, case.v, earlier, mask.block_q, mask.block_k, **options)
+    seen = current > -torch.inf
+    assert relative_error(out, expected) < 1e-5 and (out[~seen] == 0).all()
+    assert torch.equal(lse == -torch.inf, ~seen) and torch.allclose(lse[seen].double(), current[seen], atol=1e-5)
+    two_passes = kernels.block_mass(case.q, case.k, earlier, mask.block_q, mask.block_k, **options)
+    assert mass.shape == two_passes.shape and torch.allclose(mass, two_passes, rtol=1e-4, atol=1e-5)
+    # Under the oracle: all mass of the rows that had an LSE.
+    weight = torch.where(seen & (earlier > -torch.inf), (current - earlier.double()).exp(), 0.0).sum(-1)
+    assert torch.allclose(mass.double().sum((2, 3)), weight, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

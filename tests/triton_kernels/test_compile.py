@@ -7,73 +7,117 @@ import torch
 
 pytest.importorskip("triton.language")
 from pack.kernels.capability import interpreted
-from triton.backends import backends
 
 pytestmark = pytest.mark.compile
 if interpreted():
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from triton_compile import KERNELS, TARGETS, assembly, compile_kernel, launch, resources  # noqa: E402
-
-# head_dim 64 differs in its table rows alone: a GPU of each kind of matrix instruction, and the one shortest of registers.
-CASES = [(target, 128) for target in TARGETS] + [(target, 64) for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1201")]
+from triton_compile import CASES, KERNELS, MATRIX, TARGETS, assembly, compile_cases, compile_kernel, launches, missing_backend, report, resources  # noqa: E402
 
 
-def _dtype(target):
-    return torch.float16 if target == "sm_75" else torch.bfloat16
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """All cases of the tests that were chosen, compiled side by side."""
+    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    compile_cases(params["case"] for params in chosen if "case" in params)
 
 
-def _compile(kernel, target, head_dim, dtype=None, **options):
-    if TARGETS[target].gpu.backend == "hip" and "amd" not in backends:
-        pytest.skip("this Triton wheel has no AMD backend")
-    return compile_kernel(kernel, target, dtype or _dtype(target), head_dim, **options)
+def _skip_without_backend(target):
+    reason = missing_backend(target)
+    if reason:
+        pytest.skip(reason)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("target", "head_dim"), CASES)
-def test_fits_and_spills_nothing(kernel, target, head_dim):
-    used = resources(_compile(kernel, target, head_dim))
-    assert used["shared"] <= TARGETS[target].shared_kib * 1024
-    assert used["spill"] == 0
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dense", "block_mass"])
-@pytest.mark.parametrize(("target", "head_dim"), CASES)
-def test_uses_the_matrix_instruction(kernel, target, head_dim):
-    if target == "sm_75":
+@every_case
+def test_fits_and_spills_nothing(case):
+    kernel, target, _ = case
+    _skip_without_backend(target)
+    used = report(*case)
+    assert used.shared <= TARGETS[target].shared_kib * 1024
+    assert used.tensor_memory <= 512
+    assert 0 < used.registers <= 512
+    if target not in KERNELS[kernel].may_spill:
+        assert used.spill == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] in KERNELS[case[0]].matrix], ids=lambda case: "-".join(map(str, case)))
+def test_uses_the_matrix_instruction(case):
+    _skip_without_backend(case[1])
+    if case[1] == "sm_75":
         pytest.skip("Triton has no matrix instructions for sm_75 since 3.2 (triton-lang/triton#5066)")
-    assert re.search(TARGETS[target].matrix, assembly(_compile(kernel, target, head_dim)))
+    assert report(*case).matrix is not None
 
 
-@pytest.mark.parametrize("kernel", ["dense", "block_mass"])
-@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+def test_every_gpu_and_head_dim_is_covered():
+    """What a kernel of 16 bits leaves out would be missed without a word."""
+    for name, kernel in KERNELS.items():
+        if kernel.matrix is MATRIX:
+            assert {case[1:] for case in CASES if case[0] == name} == {(target, head_dim) for target in TARGETS for head_dim in (64, 128)}
+
+
+@pytest.mark.parametrize("kernel", ["dense", "block_mass", "sampled_errors"])
+@pytest.mark.parametrize("target", ["sm_86", "sm_90", "sm_100"])
 def test_head_dim_256_fits(kernel, target):
-    assert resources(_compile(kernel, target, 256))["shared"] <= TARGETS[target].shared_kib * 1024
+    assert resources(compile_kernel(kernel, target, torch.bfloat16, 256))["shared"] <= TARGETS[target].shared_kib * 1024
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (16, 16), (128, 128)], ids=str)
 def test_other_blocks(blocks):
-    used = _compile("forward", "sm_90", 128, blocks=blocks)
+    used = compile_kernel("forward", "sm_90", torch.bfloat16, 128, blocks=blocks)
     assert resources(used)["spill"] == 0
-    assert (re.search(TARGETS["sm_90"].matrix, assembly(used)) is not None) == (blocks[0] >= 64)
+    assert (re.search(MATRIX["sm_90"], assembly(used)) is not None) == (blocks[0] >= 64)
 
 
+@pytest.mark.parametrize("sampled", [16, 32])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_few_sampled_rows(target, sampled):
+    _skip_without_backend(target)
+    assert resources(compile_kernel("sampled_errors", target, torch.bfloat16, 128, sampled=sampled))["spill"] == 0
+
+
+@pytest.mark.parametrize("kernel", ["forward", "sampled_errors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_other_dtypes(dtype):
-    assert resources(_compile("forward", "sm_86", 128, dtype))["shared"] <= 99 * 1024
+def test_other_dtypes(kernel, dtype):
+    assert resources(compile_kernel(kernel, "sm_86", dtype, 128))["shared"] <= 99 * 1024
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_another_resolution_compiles_nothing_new(kernel, target):
-    keys = set()
-    for seq, heads, batch in ((300, 2, 1), (1024, 2, 1), (1, 2, 1), (2177, 2, 2)):
-        call = launch(kernel, target, torch.bfloat16, 128, seq=seq, heads=heads, batch=batch)
-        keys.add((str(call.specialization(TARGETS[target].gpu)[1]), str(sorted(call.kwargs.items()))))
-    assert len(keys) == 1
+    """Neither do another batch, other heads, and lengths that are 1, even or odd, multiples of 16 or not."""
+    if target not in KERNELS[kernel].targets:
+        pytest.skip(f"{kernel} is not meant for {target}")
+    _skip_without_backend(target)
+    compiled = []
+    for seq, heads, batch in ((300, 2, 1), (1024, 2, 1), (1, 2, 1), (2177, 3, 2), (4096, 1, 1), (513, 16, 1)):
+        calls = launches(kernel, target, torch.bfloat16, 128, seq=seq, heads=heads, batch=batch)
+        assert calls
+        compiled.append({call.key(TARGETS[target].gpu) for call in calls})
+    assert all(keys == compiled[0] for keys in compiled)
+
+
+def test_where_a_plan_starts_in_memory_compiles_nothing_new():
+    """SVG's candidates are cut from one table for both kinds of head, at offsets that the resolution decides."""
+    compiled = [
+        {call.key(TARGETS["sm_90"].gpu) for call in launches(kernel, "sm_90", torch.bfloat16, 128, plan_offset=offset)}
+        for kernel in ("sampled_errors", "sampled_errors: words by block", "sampled_errors: words by row")
+        for offset in (0, 1)
+    ]
+    assert compiled[0::2] == compiled[1::2]
 
 
 def test_keys_are_loaded_wide_and_ahead():
     """16 bytes at a time and asynchronously, with orders too: what strides that are not specialised could cost."""
-    text = assembly(_compile("forward", "sm_90", 128, orders=True, bias=False))
+    text = assembly(compile_kernel("forward", "sm_90", torch.bfloat16, 128, orders=True, bias=False))
     assert len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)) >= 16
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_sampled_errors_read_k_and_v_once_for_all_candidates(target):
+    """One pair of tiles a step whatever the number of candidates, and two buffers at least, so that they are loaded ahead."""
+    text = compile_kernel("sampled_errors", target, torch.bfloat16, 128).asm["ttgir"]
+    buffers = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x64x128xbf16", text)
+    assert len(buffers) == 2 and min(map(int, buffers)) >= 2

@@ -10,27 +10,16 @@ pytest.importorskip("triton.language")
 from pack.kernels import BlockMask, SparsePlan, TokenOrder, attention_with_lse, block_mass, block_sparse_attention, sampled_errors
 from pack.kernels.capability import interpreted
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 if not interpreted():
     pytest.skip("needs a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
 
 from pack.kernels import triton_sampled_errors  # noqa: E402
+from pack.kernels.reference import token_mask  # noqa: E402
 
 # Largest difference over the largest value. bfloat16 is left to a GPU: the interpreter computes it wrongly.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fills every torch.empty with NaN, so that what a kernel leaves unwritten fails."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @dataclass
@@ -255,24 +244,107 @@ def test_block_mass_of_blocks_larger_than_a_tile_and_of_none():
         block_mass(q, k, lse, 64, 24, backend="triton")
 
 
-# (shape of the tensors and of the first candidate, shape of the second, key tiles a chunk)
+# (shape of the tensors and of the first candidate, shapes of the others, key tiles a chunk)
 SAMPLED = {
-    "no orders": ("ragged", Shape(100, 133, 64, (64, 64), mask_shape=(1, 1)), 16),
-    "different orders": ("both orders", Shape(110, 130, 128, (32, 64), q_order=0, k_order=20), 16),
-    "one with orders": ("head_dim 96", Shape(100, 100, 96, (16, 16), k_order=20, left_out=9), 16),
-    "chunks of keys": ("both orders", Shape(110, 130, 128, (32, 64), k_order=20), 1),
-    "chunks, bias, packed": ("orders, bias, packed", Shape(110, 110, 64, (64, 32), batch=2, mask_shape=(2, 1)), 1),
-    "a candidate sees nothing": ("nothing kept", Shape(64, 64, 64, (32, 32)), 1),
+    "one candidate": ("both orders", [], 16),
+    "no orders": ("ragged", [Shape(100, 133, 64, (64, 64), mask_shape=(1, 1))], 16),
+    "different orders": ("both orders", [Shape(110, 130, 128, (32, 64), q_order=0, k_order=20)], 16),
+    "one with orders": ("head_dim 96", [Shape(100, 100, 96, (16, 16), k_order=20, left_out=9)], 16),
+    "chunks of keys": ("both orders", [Shape(110, 130, 128, (32, 64), k_order=20)], 1),
+    "chunks, bias, packed": ("orders, bias, packed", [Shape(110, 110, 64, (64, 32), batch=2, mask_shape=(2, 1))], 1),
+    "a candidate sees nothing": ("nothing kept", [Shape(64, 64, 64, (32, 32))], 1),
+    "bias hides every key": ("bias hides every key", [Shape(48, 80, 64, (16, 16))], 16),
+    "head_dim 256, unaligned": ("head_dim 256", [Shape(40, 70, 256, (16, 32), heads=1, mask_shape=(1, 1), layout="odd")], 2),
+    "three candidates": ("query order", [Shape(100, 100, 64, (32, 16)), Shape(100, 100, 64, (64, 32), k_order=5)], 1),
 }
 
 
-@pytest.mark.parametrize("sampled", [7, 70])
-@pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_errors(name, sampled, monkeypatch):
-    first, second, tiles = SAMPLED[name]
-    monkeypatch.setattr(triton_sampled_errors, "_TILES_IN_CHUNK", tiles)
+def _sampled(name):
+    """q, k, v, candidates and bias of a row of SAMPLED, and its tiles a chunk."""
+    first, others, tiles = SAMPLED[name]
     q, k, v, plan, bias = make(SHAPES[first], torch.float32)
-    candidates = [plan, _plan(second, torch.Generator().manual_seed(3))]
+    return q, k, v, [plan, *(_plan(shape, torch.Generator().manual_seed(3 + index)) for index, shape in enumerate(others))], bias, tiles
+
+
+def _both_sampled_errors(q, k, v, rows, candidates, **options):
+    """Triton's and the reference's."""
+    return [sampled_errors(q, k, v, rows, candidates, **options, backend=backend) for backend in ("triton", "reference")]
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled"), [*((name, 7) for name in SAMPLED), *((name, 70) for name in ("no orders", "one with orders", "chunks, bias, packed"))]
+)
+def test_sampled_errors(name, sampled, monkeypatch):
+    q, k, v, candidates, bias, tiles = _sampled(name)
+    monkeypatch.setattr(triton_sampled_errors, "_TILES_IN_CHUNK", tiles)
     rows = torch.randint(0, q.shape[2], (sampled,), generator=torch.Generator().manual_seed(4))
-    expected = sampled_errors(q, k, v, rows, candidates, key_bias=bias, backend="reference")
-    assert_close(sampled_errors(q, k, v, rows, candidates, key_bias=bias, backend="triton"), expected, 1e-5)
+    assert_close(*_both_sampled_errors(q, k, v, rows, candidates, key_bias=bias), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["different orders", "three candidates"])
+def test_sampled_errors_fp16(name):
+    q, k, v, candidates, bias, _ = _sampled(name)
+    rows = torch.arange(q.shape[2])
+    assert_close(*_both_sampled_errors(q.half(), k.half(), v.half(), rows, candidates, key_bias=bias), 2e-3)
+
+
+@pytest.mark.parametrize("name", ["one candidate", "one with orders", "chunks, bias, packed"])
+def test_words_are_the_token_mask(name):
+    q, k, _, candidates, _, _ = _sampled(name)
+    batch, heads, seq_q, _ = q.shape
+    rows = torch.randint(0, seq_q, (70,), generator=torch.Generator().manual_seed(4))
+    words = triton_sampled_errors.visible_words(candidates, rows, seq_q, k.shape[2], 32)
+    for plan, word in zip(candidates, words, strict=True):
+        bits = (word[:, :, :, None] >> torch.arange(32)[:, None]) & 1  # [B, H, tiles, 32, S_k]
+        expected = token_mask(plan.mask, plan.q_order, plan.k_order, batch, heads, seq_q, k.shape[2])[:, :, rows]
+        assert torch.equal(bits.flatten(2, 3)[:, :, :70].bool().expand_as(expected), expected)
+        assert not bits.flatten(2, 3)[:, :, 70:].any()
+
+
+@pytest.mark.parametrize("tiles", [1, 16], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampled_errors_of_keys_far_below_the_maximum(dtype, tiles, monkeypatch):
+    """The candidate's keys score 300 less than those that it leaves out: exp(-300) is 0 in float32."""
+    monkeypatch.setattr(triton_sampled_errors, "_TILES_IN_CHUNK", tiles)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 192, 64, generator=generator)
+    q[..., 0], k[:, :, :96, 0], k[:, :, 96:, 0] = 10.0, 15.0, -15.0
+    q[..., 1:] /= 8  # scores among the candidate's keys differ by about 1
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    kept = torch.zeros(1, 1, 12, 6, dtype=torch.bool)
+    kept[..., 3:] = True
+    near = SparsePlan(BlockMask.from_blocks(torch.rand(1, 2, 12, 6, generator=generator) < 0.5, 16, 32, 192, 192))
+    low = SparsePlan(BlockMask.from_blocks(kept, 16, 32, 192, 192))
+    rows = torch.arange(0, 192, 3)
+    actual, expected = _both_sampled_errors(q, k, v, rows, [low, near], scale=1.0)
+    assert_close(actual, expected, TOLERANCE[dtype])
+    nothing = SparsePlan(BlockMask.from_blocks(torch.zeros_like(kept), 16, 32, 192, 192))
+    lost = sampled_errors(q, k, v, rows, [nothing], scale=1.0, backend="reference")
+    assert ((lost[0] - expected[0]).abs() > 10 * TOLERANCE[dtype] * expected[0]).all()  # what an underflow would give
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_sampled_errors_of_full_rows_without_an_index_list(room):
+    """Full rows' entries are unread, so that the room is that of the others."""
+    generator = torch.Generator().manual_seed(room)
+    q, k, v = torch.randn(3, 1, 2, 150, 64, generator=generator)
+    kept = torch.zeros(1, 2, 10, 5, dtype=torch.bool)
+    kept.scatter_(-1, torch.rand(1, 2, 10, 5, generator=generator).argsort(-1)[..., :room], True)
+    kept[:, 0, [0, 3]] = True
+    kept[:, 1, 9] = True
+    mask = BlockMask.from_blocks(kept, 16, 32, 150, 150)
+    indices = torch.where(kept.all(-1, keepdim=True), 1 << 30, mask.kv_indices[..., :room]).int()
+    rows = torch.arange(0, 150, 2)
+    order = _order(generator, 150, 0, 0, 1, 2)
+    ways = [(None, None), (order, order)]
+    candidates = [SparsePlan(BlockMask(mask.kv_num_blocks, indices, 16, 32, 150, 150), *orders) for orders in ways]
+    expected = [SparsePlan(mask, *orders) for orders in ways]
+    assert_close(
+        sampled_errors(q, k, v, rows, candidates, backend="triton"), sampled_errors(q, k, v, rows, expected, backend="reference"), 1e-5
+    )
+
+
+def test_sampled_errors_of_a_plan_that_keeps_everything_are_0():
+    q, k, v, plan, bias = make(Shape(90, 100, 64, (16, 32), k_order=30, q_order=6, bias="some", density=1.0), torch.float16)
+    assert plan.mask.full_rows.all()
+    assert (sampled_errors(q, k, v, torch.arange(90), [plan], key_bias=bias, backend="triton") == 0).all()
