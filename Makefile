@@ -4,6 +4,7 @@
 # The demo's options go into DEMO, as in: make demo DEMO="--clips 1 --host embedded"
 
 PYTHON ?= python3
+OLD = "this needs Python 3.10 or later, and $(PYTHON) is %d.%d; name a newer one, as in: make PYTHON=python3.12 $(MAKECMDGOALS)"
 INSTALLED := .venv/installed
 
 .PHONY: demo test clean
@@ -16,6 +17,7 @@ test: $(INSTALLED)
 
 # Installs once, and again when the requirements change.
 $(INSTALLED): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else $(OLD) % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install -r requirements-dev.txt
 	touch $@

@@ -32,8 +32,6 @@ REPEATS = 5
 _REACH = ((1.0, 6.0, 6.0), (1.0, 3.0, 9.0), (30.0, 1.5, 1.5), (12.0, 1.0, 3.0))
 # The score of a token with itself; that of a token out of reach is about 0.
 _PEAK = 8.0
-# The run that the figures are added up for.
-STEPS = 20
 
 
 def make_tensors(layout: VideoLayout = LAYOUT, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,22 +51,24 @@ def make_tensors(layout: VideoLayout = LAYOUT, seed: int = 0) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Planned:
-    """A method's plan for one call. Seconds: planning, as often as `planning_steps` of a run; first_search: AdaSpa's, with its dense output."""
+    """A method's plan for one call. Seconds: planning, as often as `planning_steps` of a run; searching: AdaSpa's warm-up
+    steps, `searching_steps` of them, with their dense outputs."""
 
     plan: SparsePlan
     sparsity: float
     planning: float
     planning_steps: int
-    first_search: float | None
+    searching: float
+    searching_steps: int
 
 
 @torch.inference_mode()
-def measure(layout: VideoLayout = LAYOUT, tick: Callable[[], Any] = lambda: None) -> dict:
-    """What report.json has under "attention_call". `tick` is called `count_ticks()` times on the way."""
+def measure(layout: VideoLayout = LAYOUT, steps: int = 20, tick: Callable[[], Any] = lambda: None) -> dict:
+    """What report.json has under "attention_call", added up over a run of `steps`. `tick` is called `count_ticks()` times on the way."""
     q, k, v = make_tensors(layout)
     plans = {}
     for run in RUNS[1:]:
-        plans[run.name] = _plan(run, q, k, v, layout)
+        plans[run.name] = _plan(run, q, k, v, layout, steps)
         tick()
 
     def attend(name: str) -> Tensor:
@@ -85,9 +85,9 @@ def measure(layout: VideoLayout = LAYOUT, tick: Callable[[], Any] = lambda: None
             tick()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "tokens": layout.seq_len, "layout": str(layout), "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "repeats": REPEATS,
+        "tokens": layout.seq_len, "layout": str(layout), "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "repeats": REPEATS, "steps": steps,
         "dense_seconds": medians["dense"],
-        "methods": {name: _row(found, medians[name], medians["dense"], outputs[name], outputs["dense"]) for name, found in plans.items()},
+        "methods": {name: _row(found, steps, medians[name], medians["dense"], outputs[name], outputs["dense"]) for name, found in plans.items()},
     }
 
 
@@ -96,38 +96,39 @@ def count_ticks() -> int:
     return len(RUNS) - 1 + REPEATS * len(RUNS)
 
 
-def _plan(run: Run, q: Tensor, k: Tensor, v: Tensor, layout: VideoLayout) -> Planned:
+def _plan(run: Run, q: Tensor, k: Tensor, v: Tensor, layout: VideoLayout, steps: int) -> Planned:
     """Plays a run's steps on the method: its first plan, one where a later one is due, one that reuses it."""
-    schedule = _schedule(run)
-    session = Session(run.method, run.config, schedule, 0, RunRecord(run.method.NAME, run.config, STEPS), 1)
+    schedule = _schedule(run, steps)
+    session = Session(run.method, run.config, schedule, 0, RunRecord(run.method.NAME, run.config, steps), 1)
 
     def plan(step: int) -> Any:
         call = AttentionCall(q, k, v, layout, 0, step, "call")
         return run.method.plan(call, session.config, session.state(call))
 
-    first = run.method.first_step(schedule)
-    first_seconds, _ = _timed(lambda: plan(first))
-    searches = run.method.LEAST_WARMUP > 0
-    again = schedule.refresh_at if searches else first + 1
+    searching_steps = range(run.method.first_step(schedule), schedule.warmup)
+    searching = sum(_timed(lambda step=step: plan(step))[0] for step in searching_steps)
+    searches = len(searching_steps) > 0
+    if not searches:
+        plan(schedule.warmup)  # what is made once a run
+    again = schedule.refresh_at if searches else schedule.warmup + 1
     planning, found = _timed(lambda: plan(again))
     density = float(session.state(AttentionCall(q, k, v, layout, 0, again, "call")).figures.density.mean())
     session.end()
-    return Planned(found, 1 - density, planning, 1 if searches else STEPS - schedule.warmup, first_seconds if searches else None)
+    return Planned(found, 1 - density, planning, 1 if searches else steps - schedule.warmup, searching, len(searching_steps))
 
 
-def _schedule(run: Run) -> Schedule:
-    return make_schedule(make_sigmas(STEPS).tolist(), percent_to_sigma, 1.0, least_warmup=run.method.LEAST_WARMUP)
+def _schedule(run: Run, steps: int) -> Schedule:
+    return make_schedule(make_sigmas(steps).tolist(), percent_to_sigma, 1.0, least_warmup=run.method.LEAST_WARMUP)
 
 
-def _row(found: Planned, seconds: float, dense: float, out: Tensor, expected: Tensor) -> dict:
+def _row(found: Planned, steps: int, seconds: float, dense: float, out: Tensor, expected: Tensor) -> dict:
     """One method's figures. run_seconds: this layer's self-attention over a whole run, planning and warm-up included."""
-    warmup = _schedule(RUNS[1]).warmup
-    dense_steps = warmup if found.first_search is None else warmup - 1
-    run_seconds = dense_steps * dense + (found.first_search or 0) + found.planning_steps * found.planning + (STEPS - warmup) * seconds
+    warmup = _schedule(RUNS[1], steps).warmup
+    run_seconds = (warmup - found.searching_steps) * dense + found.searching + found.planning_steps * found.planning + (steps - warmup) * seconds
     return {
         "sparsity": found.sparsity, "seconds": seconds, "speed_up": dense / seconds, "planning_seconds": found.planning,
-        "planning_steps": found.planning_steps, "first_search_seconds": found.first_search,
-        "run_steps": STEPS, "run_seconds": run_seconds, "run_speed_up": STEPS * dense / run_seconds,
+        "planning_steps": found.planning_steps, "searching_seconds": found.searching, "searching_steps": found.searching_steps,
+        "run_steps": steps, "run_seconds": run_seconds, "run_speed_up": steps * dense / run_seconds,
         "relative_error": float((out - expected).norm() / expected.norm()),
     }
 

@@ -111,6 +111,9 @@ class ComfyHost:
         record = json.loads(_read(self.output / f"{run.name}.json")) if run.method else dense_record(job)
         return Outcome(latents, state["seconds"], record)
 
+    def process_ids(self) -> tuple[int, ...]:
+        return (os.getpid(), self.server.process.pid)
+
     def _status(self, prompt: str) -> dict | None:
         """How the prompt ended; None while it has not."""
         try:

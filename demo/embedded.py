@@ -6,6 +6,7 @@ AttentionCall of every self-attention call, falls back to dense attention where 
 
 from __future__ import annotations
 
+import os
 import time
 
 import diffusers
@@ -115,6 +116,9 @@ class EmbeddedHost:
             return Outcome(latents, seconds, dense_record(job))
         record.outcome = "finished"
         return Outcome(latents, seconds, record.to_json())
+
+    def process_ids(self) -> tuple[int, ...]:
+        return (os.getpid(),)
 
     @torch.inference_mode()
     def _predict(self, job: Job, x: Tensor, sigma: float) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from pack.demo import attention_call, measures, pictures  # noqa: E402
 from pack.demo.clips import ORDER, load_clips, to_pixels  # noqa: E402
 from pack.demo.comfy_host import ComfyHost, NoComfyUIError, find_comfyui  # noqa: E402
 from pack.demo.embedded import EmbeddedHost  # noqa: E402
+from pack.demo.other_work import MUCH, OtherWork  # noqa: E402
 from pack.demo.runs import RUNS, Host, Job, Outcome, Run  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-# Load a processor above which seconds mean little.
-_BUSY = 0.5
 _DESCRIPTION = """Generates the same short video three times with a small trained Wan image-to-video model on the CPU: dense, with SVG and
 with AdaSpa. Prints how much attention was skipped, the seconds and how near each is to the dense video; times one longer attention
 call; and writes a video for each run, a side-by-side picture and report.json."""
@@ -52,6 +52,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed {options.seed}: seeds are from 0 up")
     return options
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the output folder; ends the program with a sentence where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        sys.exit(f"--output {folder}: cannot write there ({error.strerror})")
 
 
 def open_host(choice: str, stack: ExitStack) -> Host:
@@ -96,7 +106,6 @@ def report_of(run: Run, outcome: Outcome, dense: Outcome, job: Job) -> dict:
 
 def write_files(folder: Path, job: Job, outcomes: dict[str, Outcome], report: dict) -> list[Path]:
     """All files of the demo, newly written."""
-    folder.mkdir(parents=True, exist_ok=True)
     videos = {name: to_pixels(outcome.latents) for name, outcome in outcomes.items()}
     files = [folder / f"{run.name}.mp4" for run in RUNS]
     for run, path in zip(RUNS, files, strict=True):
@@ -126,17 +135,27 @@ def print_runs(report: dict, job: Job) -> None:
             f"{entry['seconds']:.1f}", "-" if entry["psnr_db"] is None else f"{entry['psnr_db']:.2f}", f"{entry['ssim']:.3f}", f"{entry['frames']}",
         ])
     heads = ["run", "asked", "achieved", "whole run", "seconds", "PSNR dB", "SSIM", "frames"]
-    print(f"\n{len(job.clips.names)} clips ({', '.join(job.clips.names)}), {job.layout} = {job.layout.seq_len} tokens each, {job.steps} steps\n")
+    names, tokens = job.clips.names, job.layout.seq_len
+    print(f"\n{len(names)} clip{'s' if len(names) > 1 else ''} ({', '.join(names)}), {job.layout} = {tokens} tokens each, {job.steps} steps\n")
     print(measures.table(heads, rows))
     print(
         "\nachieved: skipped share of query-key pairs, mean over the calls that ran sparse; whole run: over all, with the dense warm-up."
         "\nPSNR and SSIM: against the dense run's frames."
-        "\nSeconds are as measured. Expect no gain at this size on a CPU: with so few tokens attention is less than half of the work,"
-        "\nand finding and gathering what to keep takes back most of what skipping the rest saves. The next table is about a longer"
-        "\nvideo, whose attention outgrows all else."
+        f"\n{gain(report['runs'])} The dense warm-up, finding what to keep and all"
+        "\nwork that is not attention take what they take: a short video has less to gain than a longer one, which the next table is about."
     )
     for note in dict.fromkeys(note for entry in report["runs"] for note in entry["notes"]):
         print(f"Note: {note}.")
+
+
+def gain(runs: list[dict]) -> str:
+    """How the sparse runs' seconds compare with the dense run's, in a sentence."""
+    dense, *sparse = (entry["seconds"] for entry in runs)
+    parts = []
+    for run, seconds in zip(RUNS[1:], sparse, strict=True):
+        change = round(100 * (seconds / dense - 1))
+        parts.append(f"{run.title} took " + (f"{abs(change)}% {'less' if change < 0 else 'more'} time" if change else "as long"))
+    return f"Against the dense run, {' and '.join(parts)}."
 
 
 def print_call(call: dict) -> None:
@@ -150,17 +169,13 @@ def print_call(call: dict) -> None:
         ])
     print(f"\nOne attention call: {call['layout']} = {call['tokens']} tokens, {call['heads']} heads of {call['head_dim']}, {call['dtype']}\n")
     print(measures.table(["run", "sparsity", "seconds", "speed-up", "planning", "in steps", "in a run"], rows))
-    search = call["methods"]["adaspa"]["first_search_seconds"]
+    adaspa = call["methods"]["adaspa"]
+    steps = {1: "in the last warm-up step, takes"}.get(adaspa["searching_steps"], "in the last two warm-up steps, takes")
     print(
         f"\nseconds: median of {call['repeats']}, dense and sparse in turns. planning: seconds to choose what to keep, apart from that."
-        f"\nin a run: this layer's speed-up over {attention_call.STEPS} steps, with the dense warm-up and all planning."
-        f"\nAdaSpa's first search, in the last warm-up step, takes {search:.2f} s and makes that step's dense output too."
+        f"\nin a run: this layer's speed-up over {call['steps']} steps, with the dense warm-up and all planning."
+        f"\nAdaSpa's first search, {steps} {adaspa['searching_seconds']:.2f} s, which makes the dense output too."
     )
-
-
-def other_work() -> float:
-    """How much of the processors other programs take, 0 where that is not known: the load average of the last minute, by processor."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def device() -> str:
@@ -172,21 +187,26 @@ def main(options: argparse.Namespace) -> None:
     """The whole demo."""
     job = Job(load_clips(options.clips), options.steps, options.seed)
     outcomes: dict[str, Outcome] = {}
-    busy = other_work()
+    make_folder(options.output)
     with ExitStack() as stack:
         host = open_host(options.host, stack)
         print(f"Host: {host.name}. Device: {device()}.", flush=True)
         host.warm_up(job)
+        during_runs = OtherWork(host.process_ids())
         for run in RUNS:
             outcomes[run.name] = sample(host, run, job)
+        others = during_runs.share()
     runs = [report_of(run, outcomes[run.name], outcomes["dense"], job) for run in RUNS]
-    report = {"host": host.name, "device": device(), "load_at_start": round(busy, 2), "clips": list(job.clips.names), "runs": runs}
+    report = {"host": host.name, "device": device(), "clips": list(job.clips.names), "runs": runs}
     print_runs(report, job)
+    during_call = OtherWork((os.getpid(),))
     with tqdm(total=attention_call.count_ticks(), desc="  call", leave=False) as bar:
-        report["attention_call"] = attention_call.measure(tick=bar.update)
+        report["attention_call"] = attention_call.measure(steps=job.steps, tick=bar.update)
+    others = max((share for share in (others, during_call.share()) if share is not None), default=None)
+    report["other_work"] = None if others is None else round(others, 2)
     print_call(report["attention_call"])
-    if busy > _BUSY:
-        print(f"\nOther programs were using this machine when the demo began (load {busy:.1f} a processor): its seconds are not to be relied on.")
+    if others is not None and others > MUCH:
+        print(f"\nOther programs took {others:.0%} of this machine's processors meanwhile: the seconds are not to be relied on.")
     files = write_files(options.output, job, outcomes, report)
     print("\nWritten:\n" + "\n".join(f"  {path}" for path in files))
 

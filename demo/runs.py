@@ -82,6 +82,9 @@ class Host(Protocol):
     def run(self, run: Run, job: Job, on_step: OnStep) -> Outcome:
         """Samples the job once."""
 
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the processes that do the work."""
+
 
 def dense_record(job: Job) -> dict:
     """The record of the run without a method: every call was dense, by choice."""

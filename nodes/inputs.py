@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention.config import BACKEND_CHOICES, MOST_SPARSITY, MethodConfig
+from ..attention.config import BACKEND_CHOICES, MOST_SPARSITY, PRECISION_CHOICES, MethodConfig
+from ..attention.dispatch import MIN_TOKENS
 
 CATEGORY = "model/patch"
 ALIASES = ["sparse attention", "SVG", "Sparse VideoGen", "AdaSpa", "sparse video", "video attention", "faster video"]
 _MANY = 10_000
+# The automatic min_tokens, in words; one number where all devices have the same.
+_LEAST_TOKENS = " or ".join(f"{tokens:,}" for tokens in sorted(set(MIN_TOKENS.values())))
 
 
 def model_input() -> io.Input:
@@ -44,15 +47,25 @@ def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[i
         ),
         io.Int.Input(
             "min_tokens", default=-1, min=-1, max=10_000_000, step=1, optional=True, advanced=True,
-            tooltip="Videos with fewer tokens stay dense, since there is nothing to gain. -1: automatic. 0: never for this reason.",
+            tooltip="Videos with fewer tokens stay dense, since there is nothing to gain. "
+            f"-1: automatic, {_LEAST_TOKENS}. 0: never for this reason.",
         ),
         *own,
         io.Combo.Input(
             "backend", options=list(BACKEND_CHOICES), default="auto", optional=True, advanced=True,
-            tooltip="What computes it. auto: Triton on a GPU that can, else torch. reference is slow, for checking.",
+            tooltip="What computes it. auto: Triton on a GPU that can, else torch. triton: calls stay dense where it cannot run. "
+            "torch: plain torch operations, anywhere. reference: slow, for checking.",
         ),
         io.Boolean.Input(
             "strict", default=False, optional=True, advanced=True,
-            tooltip="On: an error whenever a call would have to run dense for a reason that you did not choose. Off: it runs dense and says why.",
+            tooltip="On: an error whenever a call would have to run dense for a reason that you did not choose, or in another precision. "
+            "Off: it does, and says why. Warm-up, dense_layers, end_steps and min_tokens count as chosen, never as a failure.",
+        ),
+        # New inputs come after this one: saved workflows carry their values by place.
+        io.Combo.Input(
+            "precision", options=list(PRECISION_CHOICES), default="auto", optional=True, advanced=True,
+            tooltip="What sparse calls are computed in. auto: the model's own precision, 16 bits as a rule. int8: queries times keys in INT8. "
+            "fp8: that product and weights times values in FP8, on GPUs that have it. Both are a little less exact. Where one cannot run, "
+            "the model's own precision is used and the node says why.",
         ),
     ]

@@ -24,7 +24,7 @@ from ..attention.record import RunRecord
 from ..attention.schedule import make_schedule
 from ..attention.session import Session
 from . import host, video_models
-from .status import StatusLine
+from .status import StatusLine, hint
 from .video_models import Evaluation, VideoModel
 
 
@@ -268,7 +268,7 @@ def _stay_dense(forward: _Forward, layer: int | None, dense: Dense, conditions: 
     """Puts a dense call on record; `strict` makes an error of what was not planned."""
     session = forward.active.session
     if session.config.strict and not dense.planned:
-        raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}")
+        raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}.{hint(dense.reason, session.config)}")
     session.record.dense(forward.step, layer, dense.reason, conditions or len(forward.conditions))
     return dense
 

@@ -7,52 +7,56 @@ import textwrap
 import torch
 from torch import Tensor
 
-_SIZE = (8.0, 6.5)  # inches: small, so that words stay readable when a node shrinks the picture
-_DPI = 120
+# Inches: narrow, so that words of 10 points stay readable where a node shows the picture 512 pixels wide.
+_WIDTH, _PLOTS, _LINE, _EDGE = 6.0, 3.4, 0.175, 0.1
+_DPI = 160
+_LETTERS = 76  # of a line of words
 
 
 def draw(data: dict) -> Tensor:
     """The picture of a record in its JSON form: skipped share by layer and step, what the method found, and the figures in words."""
-    figure = _figure()
+    lines = _words(data)
+    words = _LINE * len(lines) + _EDGE
+    height = _PLOTS + words
+    figure = _figure(height)
     if figure is None:
         return _blank()
-    grid = figure.add_gridspec(2, 2, height_ratios=(7, 3), width_ratios=(3, 2))
-    _layers_and_steps(figure, figure.add_subplot(grid[0, 0]), data)
-    _findings(figure, figure.add_subplot(grid[0, 1]), data)
-    words = figure.add_subplot(grid[1, :])
-    words.axis("off")
-    words.text(0, 1, _words(data), va="top", fontsize=10).set_in_layout(False)
+    figure.get_layout_engine().set(rect=(0, words / height, 1, _PLOTS / height))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _layers_and_steps(figure, left, data)
+    _findings(figure, right, data)
+    figure.text(_EDGE / _WIDTH, words / height, "\n".join(lines), va="top", fontsize=10).set_in_layout(False)
     return _rendered(figure)
 
 
 def draw_message(message: str) -> Tensor:
     """A picture that says why there is nothing to show."""
-    figure = _figure()
+    figure = _figure(_PLOTS)
     if figure is None:
         return _blank()
-    figure.text(0.5, 0.5, textwrap.fill(message, 50), ha="center", va="center", fontsize=16)
+    figure.text(0.5, 0.5, textwrap.fill(message, 40), ha="center", va="center", fontsize=14)
     return _rendered(figure)
 
 
-def _figure():
+def _figure(height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    return Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor="white")
+    return Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
 
 
 def _layers_and_steps(figure, axes, data: dict) -> None:
     values = data["sparsity_by_layer_and_step"]
-    axes.set(title="Skipped share of attention", xlabel="step", ylabel="layer")
     if not values:
+        axes.axis("off")
         axes.text(0.5, 0.5, "no call on record", ha="center", va="center", transform=axes.transAxes)
         return
     table = _table(values)
-    extent = (0.5, table.shape[1] + 0.5, table.shape[0] - 0.5, -0.5)
-    image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
+    axes.set(title="Skipped share of attention", xlabel="step (the first is 0)", ylabel="layer (the first is 0)")
+    image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
     for step in data["search_steps"]:
-        axes.axvline(step + 1, color="white", linestyle=":", linewidth=1)
+        axes.axvline(step, color="white", linestyle=":", linewidth=1)
     axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes, label="0 = dense")
 
@@ -61,7 +65,7 @@ def _findings(figure, axes, data: dict) -> None:
     if types := data.get("temporal_share_by_layer_and_head"):
         table = _table(list(types.values()))
         image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="coolwarm", interpolation="nearest")
-        axes.set(title="Heads: spatial or temporal", xlabel="head", ylabel="layer")
+        axes.set(title="Kinds of heads", xlabel="head")
         names = list(types)
         every = 1 + len(names) // 16
         axes.set_yticks(range(0, len(names), every), names[::every])
@@ -73,7 +77,7 @@ def _findings(figure, axes, data: dict) -> None:
         layers = [int(layer) for layer in recall]
         axes.fill_betweenx(layers, [float(h.min()) for h in heads], [float(h.max()) for h in heads], alpha=0.3, label="all heads")
         axes.plot([float(h.mean()) for h in heads], layers, marker="o", label="mean")
-        axes.set(title="Recall by layer", xlabel="kept share of softmax mass", ylabel="layer", xlim=(0, 1.02))
+        axes.set(title="Recall", xlabel="kept share of softmax", xlim=(0, 1.02))
         axes.invert_yaxis()
         axes.locator_params(axis="y", integer=True)
         axes.legend(loc="best")
@@ -92,7 +96,8 @@ def _table(rows: list[list[float | None]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([_numbers(row) for row in rows], batch_first=True, padding_value=float("nan"))
 
 
-def _words(data: dict) -> str:
+def _words(data: dict) -> list[str]:
+    """The lines below the plots."""
     reasons = "; ".join(f"{reason} ({count})" for reason, count in data["reasons"].items())
     asked, achieved, whole = (f"{data[name]:.1%}" for name in ("asked_sparsity", "achieved_sparsity", "run_sparsity"))
     skipped = f"{achieved} skipped in sparse calls (asked {asked}), {whole} over the whole run" if data["sparse_calls"] else "nothing ran sparse"
@@ -101,7 +106,7 @@ def _words(data: dict) -> str:
     lines = [f"{data['method']} on {data['model']}, {data['outcome']}", skipped, f"{calls}, {data['steps']} steps{backend}"]
     lines += [f"dense: {reasons}"] if reasons else []
     lines += data["notes"]
-    return "\n".join(textwrap.fill(line, 105) for line in lines)
+    return [part for line in lines for part in textwrap.wrap(line, _LETTERS, subsequent_indent="   ")]
 
 
 def _rendered(figure) -> Tensor:

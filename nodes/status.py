@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from ..attention.config import MethodConfig
 from ..attention.record import RunRecord
 from . import host
 
@@ -49,13 +50,19 @@ _HINTS = {
 }
 
 
+def hint(reason: str, config: MethodConfig | None) -> str:
+    """What to change for a reason that nobody chose, with a space before it; nothing where no setting helps."""
+    of_backend = config is not None and config.backend == "triton" and "Triton" in reason and not reason.startswith("precision")
+    return " Set backend to auto: torch then computes what Triton cannot." if of_backend else ""
+
+
 def _advice(record: RunRecord) -> str:
     """Why nothing ran sparse, and what to change."""
     if not record.reasons:
         return "No self-attention call of a video reached this node: another node may have replaced the attention, or a cache skipped every step."
     hindrances = [reason for reason in record.reasons if not any(key in reason for key in _HINTS)]
     if hindrances:
-        return f"Reason: {hindrances[0]}."
+        return f"Reason: {hindrances[0]}.{hint(hindrances[0], record.config)}"
     key, reason = next((key, reason) for key in _HINTS for reason in record.reasons if key in reason)
     return f"Reason: {reason}. {_HINTS[key]}"
 

@@ -104,9 +104,11 @@ VIDEO_MODELS: dict[str, VideoModel] = {"WanModel": _WAN, "HunyuanVideo": _HUNYUA
 
 def find(network: Any) -> VideoModel | Dense:
     """The row of a diffusion model, by its class; torch.compile's wrapper is looked through."""
-    kind = type(getattr(network, "_orig_mod", network)).__name__
-    known = VIDEO_MODELS.get(kind)
-    if known is None:
-        names = ", ".join(dict.fromkeys(row.name for row in VIDEO_MODELS.values()))
-        return Dense(f"{kind} is not a video model that this pack knows ({names})")
-    return known
+    kind, *bases = (base.__name__ for base in type(getattr(network, "_orig_mod", network)).__mro__)
+    if kind in VIDEO_MODELS:
+        return VIDEO_MODELS[kind]
+    names = ", ".join(row.name for row in VIDEO_MODELS.values())
+    parent = next((VIDEO_MODELS[base].name for base in bases if base in VIDEO_MODELS), None)
+    if parent is not None:  # a subclass may attend in a way of its own, so its parent's row is not taken for it
+        return Dense(f"{kind} is a variant of {parent} that is not covered yet; covered in their plain form: {names}")
+    return Dense(f"{kind} is not one of the video models that are covered: {names}")

@@ -12,7 +12,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 
 # Our nodes as saved workflows know them: widgets in their order with what they start from. Values are saved by place, so the order never changes.
 COMMON = [("sparsity", None), ("warmup_steps", -1), ("cache_refresh", -1), ("dense_layers", None), ("end_steps", 0), ("min_tokens", -1)]
-LAST = [("backend", "auto"), ("strict", False)]
+LAST = [("backend", "auto"), ("strict", False), ("precision", "auto")]
 OURS = {
     "SparseAttentionPatchSVG": [*COMMON, ("sampled_rows", 64), *LAST],
     "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "tile"), *LAST],

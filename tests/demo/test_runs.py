@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from pack.attention.layout import VideoLayout
 from pack.demo import attention_call, comfy_host, pictures
 from pack.demo.clips import Clips, load_clips
 from pack.demo.embedded import EmbeddedHost
+from pack.demo.other_work import OtherWork
 from pack.demo.runs import RUNS, Job
 
 
@@ -104,12 +109,19 @@ def test_why_comfyui_does_not_start_is_said(tmp_path, monkeypatch):
 
 def test_the_call_is_measured_whole():
     ticks = []
-    call = attention_call.measure(VideoLayout(6, 12, 12), lambda: ticks.append(None))
+    call = attention_call.measure(VideoLayout(6, 12, 12), 5, lambda: ticks.append(None))
     assert len(ticks) == attention_call.count_ticks()
-    assert call["tokens"] == 864
+    assert (call["tokens"], call["steps"]) == (864, 5)
+    assert [entry["run_steps"] for entry in call["methods"].values()] == [5, 5]
     for entry in call["methods"].values():
         assert 0 < entry["sparsity"] < 1 and entry["seconds"] > 0 and entry["run_seconds"] > 0
         assert 0 < entry["relative_error"] < 1
+    # Of 5 steps one is warm-up, which AdaSpa's first search takes part in; SVG plans at each of the others, AdaSpa once more.
+    svg, adaspa = call["methods"]["svg"], call["methods"]["adaspa"]
+    assert (svg["planning_steps"], adaspa["planning_steps"]) == (4, 1)
+    assert svg["run_seconds"] == pytest.approx(call["dense_seconds"] + 4 * (svg["planning_seconds"] + svg["seconds"]))
+    assert adaspa["run_seconds"] == pytest.approx(adaspa["searching_seconds"] + adaspa["planning_seconds"] + 4 * adaspa["seconds"])
+    assert svg["run_speed_up"] == pytest.approx(5 * call["dense_seconds"] / svg["run_seconds"])
 
 
 def test_files_are_written(tmp_path):
@@ -122,14 +134,18 @@ def test_files_are_written(tmp_path):
     assert imageio.imread(tmp_path / "a.png").ndim == 2
 
 
-def test_bad_options_are_refused(capsys):
+@pytest.fixture(scope="module")
+def command():
+    """demo/run.py as a module."""
     spec = importlib.util.spec_from_file_location("demo_command", Path(ROOT) / "demo" / "run.py")
     command = importlib.util.module_from_spec(spec)
-    import sys
-
     path = list(sys.path)
     spec.loader.exec_module(command)
     sys.path[:] = path
+    return command
+
+
+def test_bad_options_are_refused(command, capsys):
     assert command.parse(["--clips", "3"]).clips == 3
     for wrong in (["--clips", "7"], ["--clips", "0"], ["--steps", "1"], ["--seed", "-1"], ["--host", "other"]):
         with pytest.raises(SystemExit):
@@ -137,8 +153,45 @@ def test_bad_options_are_refused(capsys):
         assert wrong[1] in capsys.readouterr().err
 
 
+def test_an_output_folder_that_cannot_be_written_ends_the_demo_before_it_begins(command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(command, "open_host", lambda *_: pytest.fail("the runs began"))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match=rf"^--output {re.escape(str(folder))}: cannot write there \(.+\)$"):
+            command.main(command.parse(["--output", str(folder)]))
+    command.make_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        ((16.0, 16.0, 12.0), "Against the dense run, SVG took as long and AdaSpa took 25% less time."),
+        ((10.0, 13.0, 5.0), "Against the dense run, SVG took 30% more time and AdaSpa took 50% less time."),
+    ],
+)
+def test_the_gain_is_told_as_it_was_measured(command, seconds, words):
+    assert command.gain([{"seconds": value} for value in seconds]) == words
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="this system does not tell how busy its processors are")
+def test_other_programs_work_is_told_from_our_own():
+    """A busy child counts as another program's work until its process is named as ours."""
+    busy = "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", busy]) as child:
+        try:
+            others, ours = OtherWork((os.getpid(),)), OtherWork((os.getpid(), child.pid))
+            time.sleep(2)
+            shares, took = (others.share(), ours.share()), Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        finally:
+            child.kill()
+    own = int(took[11]) / os.sysconf("SC_CLK_TCK") / 2 / os.cpu_count()  # of the 2 seconds, at most
+    assert 0 <= shares[1] < shares[0] <= 1 and shares[0] - shares[1] == pytest.approx(own, rel=0.5)
+    assert OtherWork((2**31 - 1,)).share() is None
+
+
 @pytest.mark.host
-@pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason="COMFYUI_PATH is not set")
+@pytest.mark.skipif(not Path(os.environ.get("COMFYUI_PATH", "nowhere"), "main.py").is_file(), reason="COMFYUI_PATH is not set, or names no ComfyUI")
 def test_both_hosts_make_the_same_video():
     """Dense to rounding, and the same record of a sparse run."""
     embedded, job = EmbeddedHost(), Job(load_clips(1), 3, 0)

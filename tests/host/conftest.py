@@ -1,5 +1,6 @@
 """A running ComfyUI with the pack and tiny models, for the tests that go through its HTTP API."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from tiny_models import TEXT_WIDTH
 
 TESTS = Path(__file__).resolve().parent.parent
 FOLDER = "Sparse Video-Attention test"
+# Whether a test has said what is wrong with the ComfyUI that the environment names.
+_TOLD = pytest.StashKey[bool]()
 # Model -> node of its empty latent, width, height, frames: 9 latent frames of 8 x 16 tokens each.
 _LATENT = {"ltxv": ("EmptyLTXVLatentVideo", 512, 256, 65)}
 _OTHER_LATENT = ("EmptyHunyuanLatentVideo", 256, 128, 33)
@@ -87,6 +90,33 @@ class Graphs:
 
 def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
+
+
+@functools.cache
+def why_no_host() -> str | None:
+    """What is wrong with the ComfyUI that the environment names, as a sentence; None where it can be started or none is named."""
+    path, python = os.environ.get("COMFYUI_PATH"), python_of_host()
+    if not path:
+        return None
+    if not (Path(path).expanduser() / "main.py").is_file():
+        return f"COMFYUI_PATH={path} is no ComfyUI: there is no main.py in it"
+    try:
+        tried = subprocess.run([python, "-c", "import aiohttp, safetensors, torch"], capture_output=True, text=True)
+    except OSError as error:
+        return f"COMFYUI_PYTHON={python} cannot be run: {error.strerror}"
+    words = tried.stderr.strip().splitlines()[-1:]
+    return f"{python} (COMFYUI_PYTHON, else the tests' own) lacks what ComfyUI needs: {''.join(words)}" if tried.returncode else None
+
+
+def pytest_runtest_setup(item):
+    """A ComfyUI that cannot be started fails the first test that wants it, once and in a sentence; the others are skipped."""
+    reason = why_no_host()
+    if reason is None:
+        return
+    if item.config.stash.setdefault(_TOLD, False):
+        pytest.skip("COMFYUI_PATH or COMFYUI_PYTHON is wrong, as the first of these tests said")
+    item.config.stash[_TOLD] = True
+    pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -133,14 +133,14 @@ def test_an_unknown_model_runs_dense_and_says_so(graphs, patch):
     latent, data, image = graphs.run(graphs.graph("cogvideox", patch, {"sparsity": 0.5, **ALL}))
     assert torch.equal(latent, graphs.dense("cogvideox"))
     (reason,) = data["reasons"]
-    assert reason.startswith("CogVideoXTransformer3DModel is not a video model that this pack knows")
+    assert reason.startswith("CogVideoXTransformer3DModel is not one of the video models that are covered: Wan")
     assert data["sparse_calls"] == 0 and data["dense_calls"] == 6 and data["run_sparsity"] == 0
     assert_picture(image)
 
 
 @every_method
 def test_strict_makes_an_error_of_it_at_the_sampler(graphs, patch):
-    with pytest.raises(RuntimeError, match=r"^node 6 \(KSampler\): RuntimeError: .*CogVideoXTransformer3DModel is not a video model"):
+    with pytest.raises(RuntimeError, match=r"^node 6 \(KSampler\): RuntimeError: .*CogVideoXTransformer3DModel is not one of the video models"):
         graphs.run(graphs.graph("cogvideox", patch, {"strict": True, **ALL}))
 
 

@@ -249,15 +249,32 @@ def test_an_unknown_model_runs_dense_and_says_so(host, family, method):
     record = host.record(patched)
     kind = type(model.get_model_object("diffusion_model")).__name__
     (reason,) = record.reasons
-    assert reason.startswith(f"{kind} is not a video model that this pack knows") and "Wan" in reason
+    assert reason == f"{kind} is not one of the video models that are covered: Wan 2.1 / 2.2, HunyuanVideo, LTX-Video"
     assert (record.model, record.sparse_calls, record.dense_calls) == (kind, 0, 8)
-    assert host.shown[-1].text.startswith(f"⚠ {record.method}: nothing ran sparse. Reason: {kind} is not a video model")
+    assert host.shown[-1].text.startswith(f"⚠ {record.method}: nothing ran sparse. Reason: {kind} is not one of the video models")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "in torch.compile's wrapper"])
+def test_a_variant_of_a_covered_model_is_called_one(host, compiled):
+    """As ComfyUI's VaceWanModel, which is a subclass of WanModel."""
+    class WanModel:
+        pass
+
+    class VaceWanModel(WanModel):
+        pass
+
+    network = SimpleNamespace(_orig_mod=VaceWanModel()) if compiled else VaceWanModel()
+    answer = host.module("video_models").find(network)
+    assert answer.reason == (
+        "VaceWanModel is a variant of Wan 2.1 / 2.2 that is not covered yet; covered in their plain form: Wan 2.1 / 2.2, HunyuanVideo, LTX-Video"
+    )
+    assert not answer.planned
 
 
 @every_method
 def test_strict_raises_for_an_unknown_model(host, method):
     patched = host.patch(method, host.load("cogvideox"), strict=True)
-    with pytest.raises(RuntimeError, match="strict: a call would run dense: CogVideoXTransformer3DModel is not a video model"):
+    with pytest.raises(RuntimeError, match="strict: a call would run dense: CogVideoXTransformer3DModel is not one of the video models"):
         host.sample(patched, "cogvideox")
     assert host.record(patched).outcome == "failed (RuntimeError)"
 

@@ -127,6 +127,33 @@ def test_the_report_of_a_run_gone_to_nan(host, method):
     assert shows_something(image)
 
 
+@every_method
+def test_the_picture_counts_as_the_json_and_can_be_read_small(host, method, monkeypatch):
+    """Steps and layers from 0; words of 11 pixels or more where it is shown 512 wide; nothing cut off, no empty strip below."""
+    from matplotlib.text import Text
+
+    module, figures = host.module("report_picture"), []
+    right = module._rendered
+    monkeypatch.setattr(module, "_rendered", lambda figure: (figures.append(figure), right(figure))[1])
+    patched = host.patch(method, host.load("wan"), sparsity=0.95, cache_refresh=2)
+    host.sample(patched, "wan", steps=6, frames=3)
+    record = host.record(patched)
+    record.note("a further note that is long enough to take more than a single line of the words that stand below the two plots")
+    _, image, data = host.report(patched, LATENT, PROMPT)
+    (figure,) = figures
+    plot = figure.axes[0]
+    (table,) = plot.get_images()
+    assert table.get_extent() == [-0.5, 5.5, 1.5, -0.5] and "first is 0" in plot.get_xlabel() and "first is 0" in plot.get_ylabel()
+    assert [line.get_xdata()[0] for line in plot.get_lines()] == data["search_steps"] and bool(data["search_steps"]) == (method == "adaspa")
+    words = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert min(text.get_fontsize() for text in words) * 512 / (72 * figure.get_figwidth()) >= 11
+    height, width = image.shape[1:3]
+    for box in (*(axes.get_tightbbox() for axes in figure.axes), *(text.get_window_extent() for text in figure.texts)):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+    ink = (image[0] < 0.9).any(-1).any(-1).nonzero().flatten()
+    assert height - int(ink[-1]) < 0.06 * height
+
+
 def why(host, model, samples=LATENT, prompt=PROMPT):
     passed, image, data = host.report(model, samples, prompt)
     assert passed is samples and shows_something(image)
@@ -156,7 +183,7 @@ def test_a_prompt_that_leads_nowhere_is_no_error(host, prompt):
 
 
 def test_without_matplotlib_the_json_is_whole_and_the_picture_blank(host, monkeypatch):
-    monkeypatch.setattr(host.module("report_picture"), "_figure", lambda: None)
+    monkeypatch.setattr(host.module("report_picture"), "_figure", lambda height: None)
     patched = host.patch("svg", host.load("wan"))
     host.sample(patched, "wan")
     _, image, data = host.report(patched, LATENT, PROMPT)

@@ -2,13 +2,16 @@
 
 import importlib
 import math
+import re
 from dataclasses import fields
 
 import pytest
+from load_pack import ROOT
 
 SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
 METHODS = {SVG: "svg", ADASPA: "adaspa"}
 BACKENDS = ["auto", "triton", "torch", "reference"]
+PRECISIONS = ["auto", "int8", "fp8"]
 
 # What is asked of every saved workflow: (id, kind, default, least, most, advanced), in the order of the widgets.
 INPUTS = {
@@ -16,15 +19,17 @@ INPUTS = {
         ("sparsity", "FLOAT", 0.7, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
         ("dense_layers", "STRING", "0", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
         ("sampled_rows", "INT", 64, 1, 4096, True), ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
+        ("precision", "COMBO", "auto", None, None, True),
     ],
     ADASPA: [
         ("sparsity", "FLOAT", 0.8, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
         ("dense_layers", "STRING", "", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
         ("head_adaptive", "BOOLEAN", True, None, None, True), ("token_order", "COMBO", "tile", None, None, True),
         ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
+        ("precision", "COMBO", "auto", None, None, True),
     ],
 }
-OPTIONS = {"backend": BACKENDS, "token_order": ["raster", "tile"]}
+OPTIONS = {"backend": BACKENDS, "precision": PRECISIONS, "token_order": ["raster", "tile"]}
 NAMES = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch", REPORT: "Sparse Attention Report"}
 
 every_patch = pytest.mark.parametrize("name", METHODS)
@@ -62,6 +67,25 @@ def test_the_inputs_of_a_patch_are_those_of_saved_workflows(host, name):
     assert [part.io_type for part in host.node(name).GET_SCHEMA().outputs] == ["MODEL"]
 
 
+@every_patch
+def test_tooltips_and_help_pages_name_options_and_automatic_values(host, name):
+    widgets = {part.id: part for part in host.node(name).GET_SCHEMA().inputs[1:]}
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    rows = {row.split("**")[1]: row for row in page.splitlines() if row.startswith("| **")}
+    assert rows.keys() == widgets.keys()
+    for part in widgets.values():
+        said = [part.tooltip, rows[part.id]]
+        if part.io_type == "COMBO":
+            assert all(re.search(rf"\b{option}\b", text) for option in part.options for text in said), part.id
+        words = {"FLOAT": lambda value: f"{value:.2f}", "BOOLEAN": lambda value: "on" if value else "off", "STRING": lambda value: f'"{value}"'}
+        default = words.get(part.io_type, str)(part.default)
+        assert rows[part.id].startswith(f"| **{part.id}** ({default}) "), rows[part.id]
+    automatic = {f"{tokens:,}" for tokens in importlib.import_module("pack.attention.dispatch").MIN_TOKENS.values()}
+    assert all(tokens in text for tokens in automatic for text in (widgets["min_tokens"].tooltip, rows["min_tokens"]))
+    chosen = ("warm-up", "dense_layers", "end_steps", "min_tokens")
+    assert all(word in text.lower() for word in chosen for text in (widgets["strict"].tooltip, rows["strict"]))
+
+
 def test_the_report_takes_a_model_and_samples_and_gives_three(host):
     schema = host.node(REPORT).GET_SCHEMA()
     assert [(part.id, part.io_type) for part in schema.inputs] == [("model", "MODEL"), ("samples", "LATENT")]
@@ -80,6 +104,22 @@ def test_the_widgets_are_the_knobs_of_the_method_with_its_defaults(host, name):
 
 
 @every_patch
+def test_a_workflow_of_before_the_newest_input_existed_runs_as_then(host, name):
+    """Saved values stand by place: a file without the last one gives all the others to their own inputs."""
+    widgets = [part.id for part in host.node(name).GET_SCHEMA().inputs[1:]]
+    saved = {SVG: [0.3, 1, 2, "1", 1, 0, 16, "torch", True], ADASPA: [0.3, 1, 2, "1", 1, 0, False, "raster", "torch", True]}[name]
+    assert widgets[len(saved):] == ["precision"]
+    patched = host.execute(name, {"model": host.load("wan"), **dict(zip(widgets, saved, strict=False))}, "5").result[0]
+    host.sample(patched, "wan")
+    record = host.record(patched)
+    assert record.config == config(name)(
+        sparsity=0.3, warmup_steps=1, cache_refresh=2, dense_layers="1", end_steps=1, min_tokens=0, backend="torch", strict=True,
+        **({"sampled_rows": 16} if name == SVG else {"head_adaptive": False, "token_order": "raster"}),
+    )
+    assert record.config.precision == "auto" and record.sparse_calls > 0
+
+
+@every_patch
 def test_a_workflow_of_before_any_input_existed_still_runs(host, name):
     patched = host.execute(name, {"model": host.load("wan")}, "5").result[0]
     host.sample(patched, "wan", steps=2)
@@ -93,6 +133,7 @@ BAD = [
     ("end_steps", -1), ("end_steps", 2.5), ("end_steps", math.nan), ("min_tokens", -2), ("min_tokens", math.nan),
     ("dense_layers", "0-"), ("dense_layers", "one"), ("dense_layers", "5-2"), ("dense_layers", 3), ("dense_layers", None),
     ("backend", "cuda"), ("backend", ""), ("backend", None), ("strict", "yes"), ("strict", None),
+    ("precision", "fp4"), ("precision", ""), ("precision", None),
 ]
 OWN_BAD = {
     SVG: [("sampled_rows", 0), ("sampled_rows", 4097), ("sampled_rows", 1.5), ("sampled_rows", math.nan)],

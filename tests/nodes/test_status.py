@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 METHODS = ("svg", "adaspa")
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -100,6 +101,33 @@ def test_a_run_with_no_sparse_call_ends_with_a_warning_and_advice(host, method, 
     text = host.shown[-1].text
     assert text.startswith(f"⚠ {record.method}: nothing ran sparse. Reason: ") and advice in text
     assert text in [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+
+
+@every_method
+def test_where_triton_cannot_run_but_is_asked_for_the_way_out_is_said(host, method):
+    """The tests' tensors are on a CPU."""
+    settings = {"backend": "triton", "sparsity": 0.4}
+    host.sample(host.patch(method, host.load("wan"), **settings), "wan")
+    text = host.shown[-1].text
+    assert re.match(r"⚠ .*: nothing ran sparse\. Reason: .*Triton.*\. Set backend to auto: ", text)
+    with pytest.raises(RuntimeError, match=r"strict: a call would run dense: .*Triton.*\. Set backend to auto: "):
+        host.sample(host.patch(method, host.load("wan"), **settings, strict=True), "wan")
+    host.sample(host.patch(method, host.load("wan"), backend="torch"), "wan", frames=1)
+    assert "one latent frame" in host.shown[-1].text and "Set backend" not in host.shown[-1].text
+
+
+@every_method
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_where_a_precision_cannot_run_the_models_own_is_used_and_it_is_said(host, method, precision):
+    """The tests' tensors are on a CPU."""
+    model, settings = host.load("wan"), {"sparsity": 0.4}
+    expected = host.sample(host.patch(method, model, **settings), "wan")
+    patched = host.patch(method, model, precision=precision, **settings)
+    assert torch.equal(host.sample(patched, "wan"), expected)
+    assert f" · precision {precision}: " in host.shown[-1].text and host.shown[-1].text.count("computed in float32") == 1
+    with pytest.raises(RuntimeError, match=f"strict: a call would run dense: precision {precision}: ") as caught:
+        host.sample(host.patch(method, model, precision=precision, strict=True, **settings), "wan")
+    assert "Set backend" not in str(caught.value)
 
 
 @every_method
