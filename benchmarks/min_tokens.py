@@ -57,8 +57,8 @@ def measure(layout: VideoLayout, repeats: int) -> dict[str, float]:
             session = session_of(name)
             steps = range(session.schedule.warmup, STEPS)
             spent = 0.0
-            if session.first_step < session.schedule.warmup:  # the search costs its time beyond the dense call that it replaces
-                call = AttentionCall(q, k, v, layout, 0, session.first_step, "a")
+            for step in range(session.first_step, session.schedule.warmup):  # a search costs its time beyond the dense call that it replaces
+                call = AttentionCall(q, k, v, layout, 0, step, "a")
                 spent += max(0.0, seconds(sparse_attention, call, session) - times["dense"][-1])
             for step in (steps[0], session.schedule.refresh_at, steps[-1]):
                 call = AttentionCall(q, k, v, layout, 0, step, "a")

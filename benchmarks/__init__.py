@@ -1,0 +1,9 @@
+"""Measurements: `python -m benchmarks.NAME` from the repository's root; README.md lists them. Importing this loads the pack as `pack`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from load_pack import load_pack
+
+load_pack()
