@@ -152,7 +152,8 @@ def forward_8bit_config(precision: str, head_dim: int, arch: str, block_m: int =
     """
     family = _family(arch)
     fp8 = precision == "fp8"
-    return _choose(_FORWARD_8BIT, None, precision, head_dim, arch, block_m, block_n), fp8 and family in ("sm_86", "sm_90"), family in ("sm_80", "sm_86")
+    row = _choose(_FORWARD_8BIT, None, precision, head_dim, arch, block_m, block_n)
+    return row, fp8 and family in ("sm_86", "sm_90"), family in ("sm_80", "sm_86")
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -32,6 +32,7 @@ SMALLEST_SCALE = tl.constexpr(1e-12)
 
 @triton.jit(
     do_not_specialize=[
+        "lse", "kv_num_blocks", "kv_indices", "q_choice", "k_choice",  # cut by heads, at offsets that the resolution decides
         "heads", "length_q", "length_k", "blocks_k",
         "stride_q_b", "stride_q_h", "stride_v_b", "stride_v_h", "stride_out_b", "stride_out_h", "stride_lse_b", "stride_lse_h",
         "stride_count_b", "stride_count_h", "stride_count_q", "stride_index_b", "stride_index_h", "stride_index_q",
@@ -50,11 +51,12 @@ def forward_8bit_kernel(
     stride_q_order: tl.int64, stride_q_choice_b: tl.int64, stride_q_choice_h: tl.int64,
     stride_k_order: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
     FP8: tl.constexpr, INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr, LIFT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
     HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. TILES_Q, TILES_K: tiles in a block of the mask. scale: > 0, times log2(e). keys to biases: see `Quantised`."""
-    BLOCK_K: tl.constexpr = TILES_K * BLOCK_N
+    BLOCK_K: tl.constexpr = TILES_K * BLOCK_N  # noqa: N806
     tile_q = tl.program_id(0)
     number = tl.program_id(1).to(tl.int64)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -78,7 +80,8 @@ def forward_8bit_kernel(
     # [BLOCK_M]
     query_rows, query_present = block_row_numbers(tile_q * BLOCK_M + tl.arange(0, BLOCK_M), length_q, q_order, HAS_Q_ORDER)
     # [BLOCK_M, BLOCK_D]
-    given = load_rows(head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED), query_rows, query_present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D)
+    q = head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED)
+    given = load_rows(q, query_rows, query_present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D)
     turned = turn(given, BLOCK_M, BLOCK_D, TURNED)
     query_scale = tl.maximum(tl.max(tl.abs(turned), 1) / LARGEST, SMALLEST_SCALE)
     queries = to_8_bits(turned / query_scale[:, None], keys.dtype.element_ty, LARGEST)
@@ -99,12 +102,12 @@ def forward_8bit_kernel(
         inner = step % TILES_K
         key_scale = tl.load(key_scales + block)
         # [BLOCK_N, BLOCK_D]
-        key_tile = tl.load(keys + block.to(tl.int64) * (BLOCK_K * BLOCK_D) + inner * (BLOCK_N * BLOCK_D) + offsets_n[:, None] * BLOCK_D + offsets_d[None, :])
+        start = block.to(tl.int64) * (BLOCK_K * BLOCK_D)
+        key_tile = tl.load(keys + start + inner * (BLOCK_N * BLOCK_D) + offsets_n[:, None] * BLOCK_D + offsets_d[None, :])
         positions = block * BLOCK_K + inner * BLOCK_N + offsets_n
         if FP8:
             # [BLOCK_D, BLOCK_N]
-            value_tile = tl.load(values + block.to(tl.int64) * (BLOCK_K * BLOCK_D) + inner * BLOCK_N + offsets_d[:, None] * BLOCK_K + offsets_n[None, :])
-            value_tile = tl.trans(value_tile)
+            value_tile = tl.trans(tl.load(values + start + inner * BLOCK_N + offsets_d[:, None] * BLOCK_K + offsets_n[None, :]))
         else:
             value_rows, value_present = block_row_numbers(positions, length_k, k_order, HAS_K_ORDER)
             value_tile = load_rows(v, value_rows, value_present, stride_v_s, stride_v_d, HEAD_DIM, BLOCK_D)
@@ -159,10 +162,11 @@ def forward_8bit_kernel(
         if FP8:
             _, row_lse = normalise(running_max - LIFT, exact_sum, accumulator)
         # What smoothing took off each of a row's scores.
-        given = load_rows(head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED), query_rows, query_present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D)
+        given = load_rows(q, query_rows, query_present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D)
         mean = tl.load(k_known + (number * 3 + MEAN) * BLOCK_D + offsets_d)
         shift = tl.sum(given.to(tl.float32) * mean[None, :], 1) * (scale / LOG2E_DEVICE)
-        tl.store(lse + batch * stride_lse_b + head * stride_lse_h + query_rows, tl.where(empty, float("-inf"), row_lse + shift), mask=query_present)
+        row_lse = tl.where(empty, float("-inf"), row_lse + shift)
+        tl.store(lse + batch * stride_lse_b + head * stride_lse_h + query_rows, row_lse, mask=query_present)
 
 
 def block_sparse_attention_8bit(
@@ -195,7 +199,8 @@ def _launch(
     batch, heads, _, head_dim = q.shape
     fp8 = kind != torch.int8
     largest, lift = _KINDS[kind]
-    config, interleaved, mask_as_bias = forward_8bit_config("fp8" if fp8 else "int8", head_dim, architecture(q.device), mask.block_q, mask.block_k)
+    precision = "fp8" if fp8 else "int8"
+    config, interleaved, mask_as_bias = forward_8bit_config(precision, head_dim, architecture(q.device), mask.block_q, mask.block_k)
     has_bias = key_bias is not None or mask_as_bias
     eight = quantise(k, v if fp8 else None, k_order, key_bias, mask.num_k_blocks, mask.block_k, kind, largest, has_bias, interleaved)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
@@ -205,10 +210,11 @@ def _launch(
             q, eight.keys, eight.key_scales, eight.k_known, v, eight.values, eight.v_known, eight.biases, out, lse,
             counts, indices, q_table, q_choice, k_table, k_choice,
             scale, heads, mask.seq_q, mask.seq_k, mask.num_k_blocks,
-            *q.stride(), *v.stride(), *out.stride(), *((0, 0) if lse is None else lse.stride()[:2]), *counts.stride(), *indices.stride(),
-            *q_order_strides, *k_order_strides,
-            FP8=fp8, INTERLEAVED=interleaved, LARGEST=largest, LIFT=lift, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), TURNED=turned_at_once(head_dim),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TILES_Q=mask.block_q // config.block_m, TILES_K=mask.block_k // config.block_n,
-            HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None, HAS_BIAS=has_bias, HAS_LSE=lse is not None,
-            ALIGNED=heads_aligned(q, v, out), num_warps=config.num_warps, num_stages=config.num_stages,
+            *q.stride(), *v.stride(), *out.stride(), *((0, 0) if lse is None else lse.stride()[:2]),
+            *counts.stride(), *indices.stride(), *q_order_strides, *k_order_strides,
+            FP8=fp8, INTERLEAVED=interleaved, LARGEST=largest, LIFT=lift,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), TURNED=turned_at_once(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            TILES_Q=mask.block_q // config.block_m, TILES_K=mask.block_k // config.block_n, HAS_Q_ORDER=q_order is not None,
+            HAS_K_ORDER=k_order is not None, HAS_BIAS=has_bias, HAS_LSE=lse is not None, ALIGNED=heads_aligned(q, v, out),
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

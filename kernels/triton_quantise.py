@@ -157,7 +157,8 @@ def quantise_kernel(
     turned = tl.where(present[:, None], turned, 0.0)
     # [1]: as matrices of one row, since Triton 3.7 cannot reduce a vector to a number on sm_100 (TritonNvidiaGPUOptimizeTMemLayouts fails).
     scale = tl.maximum(tl.max(tl.reshape(tl.max(tl.abs(turned), 1), [1, BLOCK_K]), 1) / LARGEST, SMALLEST_SCALE)
-    tl.store(keys + block * BLOCK_K * BLOCK_D + offsets_n[:, None] * BLOCK_D + offsets_d[None, :], to_8_bits(turned / scale[:, None], keys.dtype.element_ty, LARGEST))
+    eight = to_8_bits(turned / scale[:, None], keys.dtype.element_ty, LARGEST)
+    tl.store(keys + block * BLOCK_K * BLOCK_D + offsets_n[:, None] * BLOCK_D + offsets_d[None, :], eight)
     scale += tl.sum(tl.reshape(broken, [1, BLOCK_K]), 1)
     padded = tl.sum(tl.reshape(present.to(tl.int32), [1, BLOCK_K]), 1) < BLOCK_K
     tl.store(key_scales + block + tl.arange(0, 1), tl.where(padded, -scale, scale))
@@ -208,9 +209,11 @@ def _statistics(x: Tensor) -> Tensor:
     found = torch.empty(batch * heads, chunks, _FOUND, padded, dtype=torch.float32, device=x.device)
     known = torch.empty(batch * heads, _KNOWN, padded, dtype=torch.float32, device=x.device)
     gather_statistics_kernel[chunks, batch * heads](
-        x, found, heads, length, *x.stride(), HEAD_DIM=head_dim, BLOCK_D=padded, CHUNK=_CHUNK, TILE=_TILE, ALIGNED=heads_aligned(x), num_warps=4,
+        x, found, heads, length, *x.stride(),
+        HEAD_DIM=head_dim, BLOCK_D=padded, CHUNK=_CHUNK, TILE=_TILE, ALIGNED=heads_aligned(x), num_warps=4,
     )  # fmt: skip
-    sum_statistics_kernel[(batch * heads,)](found, known, chunks, BLOCK_D=padded, TURNED=turned_at_once(head_dim), AT_ONCE=_CHUNKS_AT_ONCE, num_warps=4)
+    turned = turned_at_once(head_dim)
+    sum_statistics_kernel[(batch * heads,)](found, known, chunks, BLOCK_D=padded, TURNED=turned, AT_ONCE=_CHUNKS_AT_ONCE, num_warps=4)
     return known
 
 
@@ -218,9 +221,10 @@ def quantise(
     k: Tensor, v: Tensor | None, k_order: TokenOrder | None, key_bias: Tensor | None, blocks: int, block: int, kind: torch.dtype, largest: float,
     has_bias: bool, interleaved: bool,
 ) -> Quantised:
-    """K, and V where given, in 8 bits. k, v: [B, H, S, D]. blocks of `block` positions. kind: int8 or an e4m3, whose largest number is `largest`.
+    """K, and V where given, in 8 bits. k, v: [B, H, S, D]. blocks of `block` positions.
 
-    has_bias: padding is written as a bias, which is one where there is a key bias. interleaved: the keys of V stand as the forward wants them.
+    kind: int8 or an e4m3, whose largest number is `largest`. has_bias: biases are written, for padding alone where there is no
+    key bias. interleaved: the keys of V stand in the order in which the forward's threads hold the weights.
     """
     batch, heads, length, head_dim = k.shape
     padded = padded_head_dim(head_dim)
@@ -232,10 +236,12 @@ def quantise(
     with on_device(k):
         k_known, v_known = _statistics(k), None if v is None else _statistics(v)
         quantise_kernel[blocks, batch * heads](
-            k, v, key_bias, k_known, v_known, keys, scales, values, biases, table, choice, heads, length if k_order is None else k_order.length,
+            k, v, key_bias, k_known, v_known, keys, scales, values, biases, table, choice,
+            heads, length if k_order is None else k_order.length,
             *k.stride(), *((0,) * 4 if v is None else v.stride()), *((0, 0) if key_bias is None else key_bias.stride()), *order_strides,
-            LARGEST=largest, HEAD_DIM=head_dim, BLOCK_D=padded, BLOCK_K=block, TURNED=turned_at_once(head_dim), HAS_V=v is not None, INTERLEAVED=interleaved,
-            HAS_K_ORDER=k_order is not None, HAS_BIAS=has_bias, ALIGNED=heads_aligned(k) if v is None else heads_aligned(k, v),
+            LARGEST=largest, HEAD_DIM=head_dim, BLOCK_D=padded, BLOCK_K=block, TURNED=turned_at_once(head_dim),
+            HAS_V=v is not None, INTERLEAVED=interleaved, HAS_K_ORDER=k_order is not None, HAS_BIAS=has_bias,
+            ALIGNED=heads_aligned(k) if v is None else heads_aligned(k, v),
             num_warps=max(1, min(8, block * padded // 1024)),
         )  # fmt: skip
     return Quantised(keys, scales, values, biases, k_known, v_known)

@@ -62,7 +62,9 @@ def _value_mean(q, k, v, generator):
     return q, k, v + 3 * torch.randn(1, v.shape[1], 1, v.shape[3], generator=generator)
 
 
-STRUCTURES = {"plain": _plain, "key mean": _key_mean, "outlier channels": _outlier_channels, "outlier tokens": _outlier_tokens, "value mean": _value_mean}
+STRUCTURES = {
+    "plain": _plain, "key mean": _key_mean, "outlier channels": _outlier_channels, "outlier tokens": _outlier_tokens, "value mean": _value_mean,
+}  # fmt: skip
 
 
 def structured_qkv(name: str, layout: VideoLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -25,7 +25,16 @@ import triton
 from load_pack import load_pack
 
 load_pack()  # a process that only compiles comes here without the tests' conftest
-from pack.kernels import BlockMask, SparsePlan, TokenOrder, triton_block_mass, triton_forward, triton_forward_8bit, triton_quantise, triton_sampled_errors  # noqa: E402
+from pack.kernels import (  # noqa: E402
+    BlockMask,
+    SparsePlan,
+    TokenOrder,
+    triton_block_mass,
+    triton_forward,
+    triton_forward_8bit,
+    triton_quantise,
+    triton_sampled_errors,
+)  # fmt: skip
 from triton.backends import backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
@@ -124,11 +133,13 @@ KERNELS = {
     "sampled_errors: words by row": Kernel(triton_sampled_errors, "words_by_row_kernel", _sampled, {}, head_dims=(128,)),
 }  # fmt: skip
 # The 8-bit matrix instructions. None for a target that has not got them; Triton has no tcgen05 in INT8, and takes mma.sync there.
-MATRIX_INT8 = {target: r"mma\.sync\S*s32\.s8\.s8" for target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")} | {
-    "sm_90": r"wgmma\.mma_async\S*s32\.s8\.s8", "gfx942": r"v_mfma_i32_\S*i8", "gfx1100": r"v_wmma_i32_\S*iu8", "gfx1201": r"v_wmma_i32_\S*iu8",
+MATRIX_INT8 = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma\.sync\S*s32\.s8\.s8"), "sm_90": r"wgmma\.mma_async\S*s32\.s8\.s8",
+    "gfx942": r"v_mfma_i32_\S*i8", "gfx1100": r"v_wmma_i32_\S*iu8", "gfx1201": r"v_wmma_i32_\S*iu8",
 }  # fmt: skip
-MATRIX_FP8 = {target: r"mma\.sync\S*e4m3\.e4m3" for target in ("sm_89", "sm_120")} | {
-    "sm_90": r"wgmma\.mma_async\S*e4m3\.e4m3", "sm_100": r"tcgen05\.mma\S*f8f6f4", "gfx942": r"v_mfma_f32_\S*fp8_fp8", "gfx1201": r"v_wmma_f32_\S*fp8_fp8",
+MATRIX_FP8 = {
+    **dict.fromkeys(("sm_89", "sm_120"), r"mma\.sync\S*e4m3\.e4m3"), "sm_90": r"wgmma\.mma_async\S*e4m3\.e4m3",
+    "sm_100": r"tcgen05\.mma\S*f8f6f4", "gfx942": r"v_mfma_f32_\S*fp8_fp8", "gfx1201": r"v_wmma_f32_\S*fp8_fp8",
 }  # fmt: skip
 
 

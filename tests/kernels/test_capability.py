@@ -96,6 +96,28 @@ def test_what_the_kernels_do_not_take_is_named(torch_of, triton_of):
     assert "these tensors are on cpu" in kernels.why_not("triton", Q, Q, Q)
 
 
+@pytest.mark.parametrize("name, capability_of, arch, dtype, int8, fp8", [
+    ("A100", (8, 0), None, torch.bfloat16, None, "fp8 takes compute capability 8.9, and A100 is older"),
+    ("RTX 4090", (8, 9), None, torch.bfloat16, None, None),
+    ("H200", (9, 0), None, torch.float16, None, None),
+    ("H200", (9, 0), None, torch.float32, *["8 bits are offered for tensors of 16, and these are float32"] * 2),
+    ("T4", (7, 5), None, torch.float16, *["Triton uses no matrix instructions below compute capability 8.0, and T4 is older"] * 2),
+    ("MI300X", (9, 4), "gfx942", torch.bfloat16, None, None),
+    ("RX 7900", (11, 0), "gfx1100", torch.bfloat16, None, "gfx1100 has no matrix instructions in e4m3: that takes gfx942, gfx950 or gfx12"),
+    ("RX 9070", (12, 0), "gfx1201", torch.bfloat16, None, None),
+])
+def test_which_gpu_has_which_8_bits(monkeypatch, triton_of, name, capability_of, arch, dtype, int8, fp8):
+    triton_of("3.7.1")
+    monkeypatch.setattr(capability, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", arch and "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: types.SimpleNamespace(gcnArchName=f"{arch}:sramecc+"))
+    q = types.SimpleNamespace(dtype=dtype, shape=(1, 1, 64, 64), device=torch.device("cuda", 0))
+    assert kernels.why_not("triton", q, q, q, precision="int8") == int8
+    assert kernels.why_not("triton", q, q, q, precision="fp8") == fp8
+
+
 def test_torch_and_reference_take_everything():
     for backend in ("torch", "reference"):
         assert kernels.why_not(backend, Q, Q, Q) is None and kernels.choose_backend(backend, Q, Q, Q) == backend

@@ -115,6 +115,28 @@ def test_keys_are_loaded_wide_and_ahead():
     assert len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)) >= 16
 
 
+@pytest.mark.parametrize("kernel, target, weights, tiles", [
+    ("int8", "sm_80", "128x32xbf16", ("32x128xi8", "32x128xbf16")),
+    ("int8", "sm_90", "128x64xbf16", ("64x128xi8", "64x128xbf16")),
+    ("fp8", "sm_89", "128x64xf8E4M3FN", ("64x128xf8E4M3FN", "128x64xf8E4M3FN")),
+    ("fp8", "sm_90", "128x64xf8E4M3FN", ("64x128xf8E4M3FN", "128x64xf8E4M3FN")),
+])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_8_bit_weights_stay_in_registers_and_tiles_are_loaded_ahead(kernel, target, weights, tiles, bias):
+    compiled = compile_kernel(kernel, target, torch.bfloat16, 128, bias=bias, lse=False)
+    text = compiled.asm["ttgir"]
+    assert not re.search(rf"ttg\.local_alloc %\S+ : \(tensor<{weights},", text)  # no way through shared memory
+    loop = text[text.index("scf.for"):]
+    loop = loop[: loop.index("scf.yield %new_max")]
+    moved = [line for line in re.findall(r"ttg\.convert_layout.*", loop) if f"tensor<{weights}," in line]
+    assert len(moved) <= 1
+    if kernel == "fp8":  # the renaming of keys leaves nothing to shuffle: what is shuffled belongs to Q's rotation
+        plain = len(re.findall(r"shfl\.sync\.idx", assembly(compile_kernel("int8", target, torch.bfloat16, 128, bias=bias, lse=False))))
+        assert len(re.findall(r"shfl\.sync\.idx", assembly(compiled))) <= plain
+    for tile in tiles:
+        assert min(map(int, re.findall(rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{tile},", text))) >= 2
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_sampled_errors_read_k_and_v_once_for_all_candidates(target):
     """One pair of tiles a step whatever the number of candidates, and two buffers at least, so that they are loaded ahead."""

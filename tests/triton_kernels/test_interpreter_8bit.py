@@ -67,7 +67,7 @@ def agrees(q, k, v, mask, precision, tolerance=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("seed", [2, 4, 5, 6, 7, 11, 14, 23])
+@pytest.mark.parametrize("seed", [2, 12, 14, 15, 17, 20, 23, 34])
 def test_forward_is_the_definition(seed, precision, dtype):
     """Orders, padding, keys left out, key bias, ragged ends, strided views, blocks of all sizes."""
     case = make(seed, dtype)
