@@ -236,7 +236,8 @@ class _Head:
         """Queries [n, D], or [n, D + 1] where keys have an offset, for scores by one matrix product."""
         queries = self.work.take("queries", (len(rows), self.score_keys.shape[2]), self.score_keys.dtype)
         dim = self.q.shape[1]
-        torch.mul(self.work.gather("query rows", self.q, rows), self.scale, out=queries[:, :dim])
+        queries[:, :dim] = self.work.gather("query rows", self.q, rows)
+        queries[:, :dim] *= self.scale  # in the exact dtype: a product in 16 bits would round every query
         queries[:, dim:] = 1
         return queries
 

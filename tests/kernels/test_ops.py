@@ -135,6 +135,19 @@ def test_half_precision_stays_near_the_oracle():
             assert out.dtype == dtype and relative_error(out, expected) < bound
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_loses_no_more_than_the_inputs_and_the_result(dtype, with_lse):
+    """Scores are float32: what is lost is the rounding of weights and of the result, also with a scale that is no power of two."""
+    q, k, v = torch.randn(3, 1, 2, 300, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    blocks = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    blocks[..., 0] = True
+    mask = BlockMask.from_blocks(blocks, 128, 64, 300, 300)
+    out = kernels.block_sparse_attention(q, k, v, mask, scale=0.3, backend="torch", return_lse=with_lse)
+    expected, _ = attention(q, k, v, mask.to_dense(), 0.3)
+    assert relative_error(out[0] if with_lse else out, expected) < 0.33 * torch.finfo(dtype).eps
+
+
 def test_density_counts_pairs_of_real_tokens():
     for seed in CASES:
         case = make(seed)
