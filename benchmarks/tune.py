@@ -94,7 +94,7 @@ KERNELS = {
     "fp8": Kernel("_FORWARD_8BIT", Problem.fp8, exact=Problem.forward, tolerance=TOLERANCE_8_BIT, kind="fp8"),
     # These two run with the forward's row; what suits them may not suit it.
     "dense": Kernel("_FORWARD", Problem.dense),
-    "one_pass": Kernel("_FORWARD", Problem.one_pass),
+    "one_pass": Kernel("_ONE_PASS", Problem.one_pass),
 }
 _SLOTS = (64, 128, 256)
 

@@ -12,15 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_mask import TokenOrder, num_blocks
-from .triton_config import architecture, block_mass_config, heads_aligned, on_device, padded_head_dim
+from .block_mask import TokenOrder, block_rows, num_blocks
+from .triton_config import LOG2E, architecture, block_mass_config, heads_aligned, on_device, padded_head_dim
 from .triton_forward import (
-    LOG2E_DEVICE,
     base_2_lse,
     block_row_numbers,
+    chosen_order,
     head_start,
     key_order_arguments,
-    key_order_of_head,
     load_rows,
     mass_tile,
     order_arguments,
@@ -35,7 +34,7 @@ from .triton_forward import (
 @triton.jit(
     do_not_specialize=[
         "heads", "length_q", "length_k", "lse_length", "groups_q", "tiles_k",
-        "stride_q_b", "stride_q_h", "stride_k_b", "stride_k_h", "stride_bias_b",
+        "stride_q_b", "stride_q_h", "stride_k_b", "stride_k_h", "stride_bias_b", "stride_bias_order",
         "stride_q_order", "stride_q_choice_b", "stride_q_choice_h", "stride_k_order", "stride_full", "stride_k_choice_b", "stride_k_choice_h",
     ]
 )
@@ -44,7 +43,7 @@ def block_mass_kernel(
     scale, heads, length_q, length_k, lse_length, groups_q, tiles_k,
     stride_q_b: tl.int64, stride_q_h: tl.int64, stride_q_s, stride_q_d,
     stride_k_b: tl.int64, stride_k_h: tl.int64, stride_k_s, stride_k_d,
-    stride_bias_b: tl.int64, stride_bias_s,
+    stride_bias_b: tl.int64, stride_bias_order: tl.int64,
     stride_q_order: tl.int64, stride_q_choice_b: tl.int64, stride_q_choice_h: tl.int64,
     stride_k_order: tl.int64, stride_full: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
@@ -54,19 +53,21 @@ def block_mass_kernel(
     tile_q = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    if HAS_K_ORDER:
-        k_order, full_tiles = key_order_of_head(
-            k_order, full_tiles, k_choice, batch, head, stride_k_order, stride_full, stride_k_choice_b, stride_k_choice_h
-        )
+    if HAS_Q_ORDER:
+        q_order += chosen_order(q_choice, batch, head, stride_q_choice_b, stride_q_choice_h) * stride_q_order
     if HAS_BIAS:
         key_bias += batch * stride_bias_b
+    if HAS_K_ORDER:
+        chosen = chosen_order(k_choice, batch, head, stride_k_choice_b, stride_k_choice_h)
+        k_order += chosen * stride_k_order
+        full_tiles += chosen * stride_full
+        if HAS_BIAS:
+            key_bias += chosen * stride_bias_order
     k = head_start(k, batch, head, stride_k_b, stride_k_h, ALIGNED)
     # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]
     queries, query_rows, query_present = query_tile(
-        q, q_order, q_choice, tile_q, batch, head, length_q,
-        stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_q_order, stride_q_choice_b, stride_q_choice_h,
-        HEAD_DIM, BLOCK_D, BLOCK_M, HAS_Q_ORDER, ALIGNED,
-    )  # fmt: skip
+        q, q_order, tile_q, batch, head, length_q, stride_q_b, stride_q_h, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_Q_ORDER, ALIGNED
+    )
     mass += tl.program_id(1).to(tl.int64) * groups_q * tiles_k
     counted, row_lse = base_2_lse(lse + (batch * heads + head) * lse_length, query_rows, query_present)
 
@@ -87,13 +88,24 @@ def block_mass_kernel(
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale - row_lse[:, None]
         if HAS_BIAS:
-            bias = tl.load(key_bias + key_rows.to(tl.int64) * stride_bias_s, mask=key_present, other=0.0) * LOG2E_DEVICE
-            scores += bias[None, :]
-        if not full:
+            scores += tl.load(key_bias + tile_k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        elif not full:
+            if not HAS_K_ORDER:
+                tl.load(k, volatile=True)  # what cannot be moved keeps this a branch
             _, present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, HAS_K_ORDER)
             scores = tl.where(present[None, :], scores, float("-inf"))
         row_mass = tl.where(counted, tl.sum(tl.math.exp2(scores), 1), 0.0)
         store_mass(mass, row_mass, tile_q, tile_k, groups_q, tiles_k, BLOCK_M, GROUP_M)
+
+
+def bias_by_position(key_bias: Tensor, order: TokenOrder | None, length: int) -> Tensor:
+    """A key bias [B, S_k] for base 2 at each of `length` positions, minus infinity where there is no key: [B, O, length], O 1 without an order.
+
+    So a tile's biases lie side by side: the scores' layout has many of them in one thread, each a load of its own otherwise.
+    """
+    padded = torch.nn.functional.pad(key_bias * LOG2E, (0, 1), value=-torch.inf)
+    rows = block_rows(order, key_bias.shape[1], length, key_bias.device)[:, 0]
+    return padded[:, rows.long()]  # row -1 is the last, the one that was added
 
 
 def block_mass(
@@ -110,11 +122,12 @@ def block_mass(
     mass = torch.empty(batch, heads, *shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
     k_tables, k_order_strides = key_order_arguments(k_order, batch, heads, config.block_n)
+    bias = None if key_bias is None else bias_by_position(key_bias, k_order, shape[1] * config.block_n)
     with on_device(q):
         block_mass_kernel[num_blocks(length_q, config.block_m), batch * heads](
-            q, k, lse.contiguous(), mass, key_bias, q_table, q_choice, *k_tables,
+            q, k, lse.contiguous(), mass, bias, q_table, q_choice, *k_tables,
             scale, heads, length_q, length_k, seq_q, *shape,
-            *q.stride(), *k.stride(), *((0, 0) if key_bias is None else key_bias.stride()), *q_order_strides, *k_order_strides,
+            *q.stride(), *k.stride(), *((0, 0) if bias is None else bias.stride()[:2]), *q_order_strides, *k_order_strides,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=group,
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None, HAS_BIAS=key_bias is not None,
             ALIGNED=heads_aligned(q, k), num_warps=config.num_warps, num_stages=config.num_stages,

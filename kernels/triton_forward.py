@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_mask import BlockMask, TokenOrder, num_blocks
-from .triton_config import LOG2E, architecture, forward_config, heads_aligned, on_device, padded_head_dim
+from .triton_config import LOG2E, architecture, forward_config, heads_aligned, on_device, one_pass_config, padded_head_dim
 
 LOG2E_DEVICE = tl.constexpr(LOG2E)
 
@@ -65,24 +65,20 @@ def load_rows(start, rows, present, stride_s, stride_d, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def query_tile(
-    q, q_order, q_choice, tile_q, batch, head, length_q,
-    stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_q_order, stride_q_choice_b, stride_q_choice_h,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_Q_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries [BLOCK_M, BLOCK_D], the tensor row of each [BLOCK_M] and whether there is one."""
-    if HAS_Q_ORDER:
-        q_order += tl.load(q_choice + batch * stride_q_choice_b + head * stride_q_choice_h).to(tl.int64) * stride_q_order
-    rows, present = block_row_numbers(tile_q * BLOCK_M + tl.arange(0, BLOCK_M), length_q, q_order, HAS_Q_ORDER)
-    q = head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED)
-    return load_rows(q, rows, present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D), rows, present
+def chosen_order(choice, batch, head, stride_b, stride_h):
+    """Which of the orders a head uses, int64."""
+    return tl.load(choice + batch * stride_b + head * stride_h).to(tl.int64)
 
 
 @triton.jit
-def key_order_of_head(k_order, full_tiles, k_choice, batch, head, stride_k_order, stride_full, stride_k_choice_b, stride_k_choice_h):
-    """A head's table of key rows, and of the tiles that are full."""
-    chosen = tl.load(k_choice + batch * stride_k_choice_b + head * stride_k_choice_h).to(tl.int64)
-    return k_order + chosen * stride_k_order, full_tiles + chosen * stride_full
+def query_tile(
+    q, q_order, tile_q, batch, head, length_q, stride_q_b, stride_q_h, stride_q_s, stride_q_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_Q_ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries [BLOCK_M, BLOCK_D], the tensor row of each [BLOCK_M] and whether there is one."""
+    rows, present = block_row_numbers(tile_q * BLOCK_M + tl.arange(0, BLOCK_M), length_q, q_order, HAS_Q_ORDER)
+    q = head_start(q, batch, head, stride_q_b, stride_q_h, ALIGNED)
+    return load_rows(q, rows, present, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D), rows, present
 
 
 @triton.jit
@@ -121,27 +117,20 @@ def store_mass(mass, row_mass, tile_q, tile_k, groups_q, tiles_k, BLOCK_M: tl.co
 
 
 @triton.jit
-def softmax_step(scores, scale, v, running_max, running_sum, accumulator):
-    """Takes one tile of keys into the softmax. scores [M, N] are scaled here; scale > 0, and times log2(e).
-
-    Returns the new maximum, the sum of the tile's own weights relative to it, the new sum and the new accumulator.
-    """
-    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+def softmax_weights(scores, scale, tile_max, running_max):
+    """The weights exp2(scores * scale - maximum) [M, N], scale > 0, the new maximum [M] and what it makes of earlier weights."""
+    new_max = tl.maximum(running_max, tile_max)
     # A row that has seen no key yet stays at minus infinity: 0 in its place keeps (-inf) - (-inf) out of the exponents.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    # [M, N]
-    weights = tl.math.exp2(scores * scale - finite_max[:, None])
-    correction = tl.math.exp2(running_max - finite_max)
-    tile_sum = tl.sum(weights, 1)
-    running_sum = running_sum * correction + tile_sum
-    accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision="ieee")
-    return new_max, tile_sum, running_sum, accumulator
+    return new_max, tl.math.exp2(scores * scale - finite_max[:, None]), tl.math.exp2(running_max - finite_max)
 
 
 @triton.jit
 def online_softmax_step(scores, scale, v, running_max, running_sum, accumulator):
-    """`softmax_step` for those who do not ask for the tile's own sum: new maximum, sum, accumulator."""
-    new_max, _, running_sum, accumulator = softmax_step(scores, scale, v, running_max, running_sum, accumulator)
+    """Takes one tile of keys into the softmax. scores [M, N] are scaled here; scale > 0, and times log2(e)."""
+    new_max, weights, correction = softmax_weights(scores, scale, tl.max(scores, 1) * scale, running_max)
+    running_sum = running_sum * correction + tl.sum(weights, 1)
+    accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision="ieee")
     return new_max, running_sum, accumulator
 
 
@@ -151,7 +140,7 @@ def normalise(running_max, running_sum, accumulator):
     empty = running_sum == 0.0
     divisor = tl.where(empty, 1.0, running_sum)
     lse = tl.where(empty, float("-inf"), (running_max + tl.math.log2(divisor)) / LOG2E_DEVICE)
-    return accumulator / divisor[:, None], lse
+    return accumulator * (1.0 / divisor)[:, None], lse
 
 
 @triton.jit(
@@ -169,14 +158,14 @@ def forward_kernel(
     stride_k_b: tl.int64, stride_k_h: tl.int64, stride_k_s, stride_k_d,
     stride_v_b: tl.int64, stride_v_h: tl.int64, stride_v_s, stride_v_d,
     stride_out_b: tl.int64, stride_out_h: tl.int64, stride_out_s, stride_out_d,
-    stride_bias_b: tl.int64, stride_bias_s,
+    stride_bias_b: tl.int64,
     stride_count_b: tl.int64, stride_count_h: tl.int64, stride_count_q: tl.int64,
     stride_index_b: tl.int64, stride_index_h: tl.int64, stride_index_q: tl.int64, stride_index_m,
     stride_q_order: tl.int64, stride_q_choice_b: tl.int64, stride_q_choice_h: tl.int64,
     stride_k_order: tl.int64, stride_full: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     TILES_Q: tl.constexpr, TILES_K: tl.constexpr, DENSE: tl.constexpr, HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MASS: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MASS: tl.constexpr, V_EARLY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. TILES_Q, TILES_K: tiles in a block of the mask. scale: > 0, times log2(e).
 
@@ -185,20 +174,20 @@ def forward_kernel(
     tile_q = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
+    if HAS_Q_ORDER:
+        q_order += chosen_order(q_choice, batch, head, stride_q_choice_b, stride_q_choice_h) * stride_q_order
     if HAS_K_ORDER:
-        k_order, full_tiles = key_order_of_head(
-            k_order, full_tiles, k_choice, batch, head, stride_k_order, stride_full, stride_k_choice_b, stride_k_choice_h
-        )
+        chosen = chosen_order(k_choice, batch, head, stride_k_choice_b, stride_k_choice_h)
+        k_order += chosen * stride_k_order
+        full_tiles += chosen * stride_full
     if HAS_BIAS:
-        key_bias += batch * stride_bias_b
+        key_bias += batch * stride_bias_b + 1
     k = head_start(k, batch, head, stride_k_b, stride_k_h, ALIGNED)
     v = head_start(v, batch, head, stride_v_b, stride_v_h, ALIGNED)
     # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]
     queries, query_rows, query_present = query_tile(
-        q, q_order, q_choice, tile_q, batch, head, length_q,
-        stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_q_order, stride_q_choice_b, stride_q_choice_h,
-        HEAD_DIM, BLOCK_D, BLOCK_M, HAS_Q_ORDER, ALIGNED,
-    )  # fmt: skip
+        q, q_order, tile_q, batch, head, length_q, stride_q_b, stride_q_h, stride_q_s, stride_q_d, HEAD_DIM, BLOCK_D, BLOCK_M, HAS_Q_ORDER, ALIGNED
+    )
     if HAS_MASS:
         mass += tl.program_id(1).to(tl.int64) * groups_q * tiles_k
         counted, old_lse_2 = base_2_lse(old_lse + (batch * heads + head) * lse_length, query_rows, query_present)
@@ -233,28 +222,45 @@ def forward_kernel(
             next_tile = tile_of_step(step + 1, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
         # [BLOCK_N, BLOCK_D]
         keys = load_rows(k, key_rows, key_present, stride_k_s, stride_k_d, HEAD_DIM, BLOCK_D)
-        values = load_rows(v, key_rows, key_present, stride_v_s, stride_v_d, HEAD_DIM, BLOCK_D)
+        if V_EARLY:  # where nothing is loaded ahead, K and V at least wait together
+            values = load_rows(v, key_rows, key_present, stride_v_s, stride_v_d, HEAD_DIM, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if not full:
-            # Read anew, in the scores' layout: brought here from above it would cost every iteration.
-            if HAS_K_ORDER:
-                tile_k = tile_of_step(step, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
-            _, present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, HAS_K_ORDER)
-            scores = tl.where(present[None, :], scores, float("-inf"))
         if HAS_BIAS:
-            bias = tl.load(key_bias + key_rows.to(tl.int64) * stride_bias_s, mask=key_present, other=0.0) * LOG2E_DEVICE
-            running_max, tile_sum, running_sum, accumulator = softmax_step(
-                scores * scale + bias[None, :], 1.0, values, running_max, running_sum, accumulator
-            )
+            # The bias keeps out what is no key: see `padded_bias`.
+            scores = scores * scale + tl.load(key_bias + key_rows)[None, :]
+            running_max, weights, correction = softmax_weights(scores, 1.0, tl.max(scores, 1), running_max)
         else:
-            running_max, tile_sum, running_sum, accumulator = softmax_step(scores, scale, values, running_max, running_sum, accumulator)
+            # Between the two products the scores may only pass through what takes them tile by tile: with the maximum of the
+            # branch apart, QK and PV keep one layout, and on mma.sync the weights do not go through shared memory.
+            tile_max = tl.max(scores, 1) * scale
+            visible_max = tile_max
+            if not full:
+                if HAS_K_ORDER:
+                    tile_k = tile_of_step(step, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
+                else:
+                    tl.load(k, volatile=True)  # what cannot be moved keeps this a branch: as a select, every tile would pay for it
+                _, present = block_row_numbers(tile_k * BLOCK_N + tl.arange(0, BLOCK_N), length_k, k_order, HAS_K_ORDER)
+                scores = tl.where(present[None, :], scores, float("-inf"))
+                visible_max = tl.max(scores, 1) * scale
+            tile_max = tl.where(full, tile_max, visible_max)
+            running_max, weights, correction = softmax_weights(scores, scale, tile_max, running_max)
+        tile_sum = tl.sum(weights, 1)
+        running_sum = running_sum * correction + tile_sum
         if HAS_MASS:
             # A sum of 0 stays 0, however far the maximum lies above the old LSE: 0 times infinity is kept out.
             row_mass = tl.where(counted & (tile_sum != 0.0), tile_sum * tl.math.exp2(running_max - old_lse_2), 0.0)
             store_mass(mass, row_mass, tile_q, step, groups_q, tiles_k, BLOCK_M, GROUP_M)
+        if not V_EARLY:
+            values = load_rows(v, key_rows, key_present, stride_v_s, stride_v_d, HEAD_DIM, BLOCK_D)
+        accumulator = tl.dot(weights.to(values.dtype), values, accumulator * correction[:, None], input_precision="ieee")
 
     result, row_lse = normalise(running_max, running_sum, accumulator)
+    if HAS_Q_ORDER:
+        # Read anew: kept from above they would take registers through the loop.
+        positions = tile_q * BLOCK_M + tl.arange(0, BLOCK_M)
+        query_rows = tl.load(q_order + positions, mask=positions < length_q, other=-1, volatile=True)
+        query_present = query_rows >= 0
     offsets_d = tl.arange(0, BLOCK_D)
     pointers = head_start(out, batch, head, stride_out_b, stride_out_h, ALIGNED) + query_rows.to(tl.int64)[:, None] * stride_out_s
     pointers += offsets_d[None, :] * stride_out_d
@@ -284,6 +290,14 @@ def key_order_arguments(order: TokenOrder | None, batch: int, heads: int, block_
         return (None, None, None), (0, 0, 0, 0)
     full_tiles = order.full_blocks(block_n).view(torch.uint8)
     return (table, full_tiles, choice), (strides[0], full_tiles.stride(0), *strides[1:])
+
+
+def padded_bias(key_bias: Tensor, block_n: int) -> Tensor:
+    """A key bias [B, S_k] for base 2, with minus infinity before the first key and for a tile after the last: [B, 1 + S_k + block_n].
+
+    So a place that holds no key, row -1 or past the end, reads the bias that keeps it out, and no tile needs a mask.
+    """
+    return torch.nn.functional.pad(key_bias * LOG2E, (1, block_n), value=-torch.inf)
 
 
 def mass_tile(block: int, name: str) -> int:
@@ -331,7 +345,8 @@ def _launch(
         blocks, lengths = (mask.block_q, mask.block_k), (mask.seq_q, mask.seq_k)
         counts, indices = mask.kv_num_blocks, mask.kv_indices
         mask_strides = *counts.stride(), *indices.stride()
-    config = forward_config(q.element_size(), head_dim, architecture(q.device), *blocks)
+    choose = forward_config if wanted is None else one_pass_config
+    config = choose(q.element_size(), head_dim, architecture(q.device), *blocks)
     old_lse, mass, group, mass_shape = None, None, config.block_m, (0, 0)
     if wanted is not None:
         group = min(mass_tile(wanted.block_q, "block_q"), config.block_m)
@@ -339,16 +354,17 @@ def _launch(
         old_lse, mass = wanted.lse.contiguous(), torch.empty(batch, heads, *mass_shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
     k_tables, k_order_strides = key_order_arguments(k_order, batch, heads, config.block_n)
+    bias = None if key_bias is None else padded_bias(key_bias, config.block_n)
     with on_device(q):
         forward_kernel[num_blocks(lengths[0], config.block_m), batch * heads](
-            q, k, v, out, lse, key_bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables,
+            q, k, v, out, lse, bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables,
             scale, heads, *lengths, seq_q, *mass_shape,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *((0, 0) if key_bias is None else key_bias.stride()),
+            *q.stride(), *k.stride(), *v.stride(), *out.stride(), 0 if bias is None else bias.stride(0),
             *mask_strides, *q_order_strides, *k_order_strides,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=group,
             TILES_Q=blocks[0] // config.block_m, TILES_K=blocks[1] // config.block_n, DENSE=mask is None,
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None, HAS_BIAS=key_bias is not None,
-            HAS_LSE=has_lse, HAS_MASS=wanted is not None, ALIGNED=heads_aligned(q, k, v, out),
+            HAS_LSE=has_lse, HAS_MASS=wanted is not None, V_EARLY=config.num_stages == 1, ALIGNED=heads_aligned(q, k, v, out),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if wanted is not None:

@@ -115,6 +115,18 @@ def test_keys_are_loaded_wide_and_ahead():
     assert len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)) >= 16
 
 
+@pytest.mark.parametrize(("bias", "orders"), [(False, True), (True, True), (False, False)], ids=["orders", "orders, bias", "plain"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("kernel", ["forward", "dense_with_mass"])
+def test_weights_stay_in_registers_and_tiles_are_loaded_ahead(kernel, target, bias, orders):
+    """What a branch on the scores between the two products can cost: a row's softmax in two warps, and weights through shared memory."""
+    text = compile_kernel(kernel, target, torch.bfloat16, 128, bias=bias, orders=orders).asm["ttgir"]
+    assert set(re.findall(r"#ttg\.nvidia_mma<\{.*?warpsPerCTA = (\[\d, \d\])", text)) == {"[8, 1]"}
+    assert not re.search(r"ttg\.local_alloc %\S+ : \(tensor<128x(64|32)xbf16,", text)
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(?:64|32)x128xbf16", text)
+    assert len(buffers) == 2 and min(map(int, buffers)) >= 2
+
+
 @pytest.mark.parametrize("kernel, target, weights, tiles", [
     ("int8", "sm_80", "128x32xbf16", ("32x128xi8", "32x128xbf16")),
     ("int8", "sm_90", "128x64xbf16", ("64x128xi8", "64x128xbf16")),

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 pytest.importorskip("triton.language")
-from pack.kernels import BlockMask, SparsePlan, TokenOrder, attention_with_lse, block_mass, block_sparse_attention, sampled_errors
+from pack.kernels import (
+    BlockMask,
+    SparsePlan,
+    TokenOrder,
+    attention_with_lse,
+    attention_with_mass,
+    block_mass,
+    block_sparse_attention,
+    sampled_errors,
+)  # fmt: skip
 from pack.kernels.capability import interpreted
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
@@ -242,6 +251,66 @@ def test_block_mass_of_blocks_larger_than_a_tile_and_of_none():
     assert_close(block_mass(q, k, lse, 256, 192, backend="triton"), block_mass(q, k, lse, 256, 192, backend="reference"), 1e-5)
     with pytest.raises(ValueError, match="block_k is 24"):
         block_mass(q, k, lse, 64, 24, backend="triton")
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16), (16, 64), (256, 192)], ids=str)
+def test_block_mass_of_any_blocks_from_one_tile(blocks):
+    q, k, v, plan, bias = make(SHAPES["orders, bias, packed"], torch.float32)
+    lse = attention_with_lse(q, k, v, key_bias=bias, backend="reference")[1]
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias}
+    assert_close(block_mass(q, k, lse, *blocks, **options, backend="triton"), block_mass(q, k, lse, *blocks, **options, backend="reference"), 1e-5)
+
+
+# Keys that no order holds have no part in a dense search: shapes whose key orders hold them all.
+ONE_PASS = [
+    "ragged", "ragged, odd blocks", "large blocks in tiles", "head_dim 128", "head_dim 96", "head_dim 48", "packed qkv", "unaligned", "bias",
+    "bias hides every key", "query order", "key order", "orders, bias, packed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_attention_with_mass(name, dtype):
+    q, k, v, plan, bias = make(SHAPES[name], dtype)
+    lse = attention_with_lse(q, k, v, key_bias=bias, backend="reference")[1]
+    lse = lse + torch.randn(lse.shape, generator=torch.Generator().manual_seed(1))
+    lse[:, :, ::7] = -torch.inf
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias}
+    expected = attention_with_mass(q, k, v, lse, *SHAPES[name].blocks, **options, backend="reference")
+    actual = attention_with_mass(q, k, v, lse, *SHAPES[name].blocks, **options, backend="triton")
+    assert actual[0].dtype == dtype and actual[0].transpose(1, 2).is_contiguous()
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, TOLERANCE[dtype])
+
+
+def test_mass_of_scores_that_grew_since():
+    """Far above the LSE given the mass is large, far below it nothing; neither makes a NaN of the rest."""
+    q, k, v, _, _ = make(SHAPES["ragged"], torch.float32)
+    lse = attention_with_lse(q, k, v, backend="reference")[1]
+    lse[:, :, :10] -= 60
+    lse[:, :, 10:20] += 200
+    for actual, expected in zip(*(attention_with_mass(q, k, v, lse, 32, 32, backend=backend) for backend in ("triton", "reference")), strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "room"), [
+    ("ragged", 1), ("ragged", 2), ("both orders", 2), ("orders, bias, packed", 1), ("large blocks in tiles", 1),
+])
+def test_rows_that_keep_every_block_need_no_list(name, room):
+    """Room for the other rows' lists alone, and in it, for the full rows, numbers that nobody may follow."""
+    q, k, v, plan, bias = make(SHAPES[name], torch.float32)
+    blocks = torch.zeros(1, q.shape[1], plan.mask.num_q_blocks, plan.mask.num_k_blocks, dtype=torch.bool)
+    blocks[..., -room:] = True
+    blocks[:, :, ::2] = True
+    whole = BlockMask.from_blocks(blocks, *SHAPES[name].blocks, plan.mask.seq_q, plan.mask.seq_k)
+    assert whole.kv_indices.shape[-1] == room and torch.equal(whole.to_blocks(), blocks)
+    wrong = torch.where(whole.full_rows[..., None], 1 << 30, whole.kv_indices)
+    mask = BlockMask(whole.kv_num_blocks, wrong, whole.block_q, whole.block_k, whole.seq_q, whole.seq_k)
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias}
+    expected = block_sparse_attention(q, k, v, whole, **options, backend="reference")
+    for backend in ("triton", "torch"):
+        assert_close(block_sparse_attention(q, k, v, mask, **options, backend=backend), expected, 1e-5)
 
 
 # (shape of the tensors and of the first candidate, shapes of the others, key tiles a chunk)
