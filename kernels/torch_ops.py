@@ -8,9 +8,11 @@ own `scaled_dot_product_attention`; elsewhere that does the arithmetic. Working 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -25,6 +27,8 @@ _GROUP_BYTES = 8 << 20
 _MOST_GROUP_BYTES = 128 << 20
 # Bytes of scores at a time, where whole rows of them are written out.
 _SCORE_BYTES = 32 << 20
+# Bytes of a large page on x86 and most of the others.
+_LARGE_PAGE = 2 << 20
 # Queries and keys of a tile of scores that is summed up while it is in cache (4 MiB of float32).
 _TILE_ROWS = 1024
 
@@ -43,6 +47,19 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.to(_exact_dtype(tensor))
 
 
+def _fresh(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory [size]: in large pages where Linux has them, as the small ones of a large table cost a fault each."""
+    length = size * dtype.itemsize
+    if device.type != "cpu" or length < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, length + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # given back with the last tensor on it
+    with contextlib.suppress(OSError):  # a kernel without them takes the advice ill
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % _LARGE_PAGE
+    return memory[start : start + length].view(dtype)
+
+
 class _Workspace:
     """Memory that is used again and again within a call: fresh pages would cost as much as the arithmetic on them."""
 
@@ -55,7 +72,7 @@ class _Workspace:
         size = math.prod(shape)
         memory = self._memory.get(name)
         if memory is None or memory.numel() < size or memory.dtype != dtype:
-            memory = self._memory[name] = torch.empty(size, dtype=dtype, device=self.device)
+            memory = self._memory[name] = _fresh(size, dtype, self.device)
         return memory[:size].view(shape)
 
     def gather(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
