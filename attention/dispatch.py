@@ -124,5 +124,5 @@ def _heads_of(part: BlockMask | TokenOrder | None, shape: torch.Size, heads: sli
         return part
     part = part.expand(shape[0], shape[1])
     if isinstance(part, TokenOrder):
-        return TokenOrder(part.rows, part.head_order[:, heads])
+        return part.for_heads(part.head_order[:, heads])
     return BlockMask(part.kv_num_blocks[:, heads], part.kv_indices[:, heads], part.block_q, part.block_k, part.seq_q, part.seq_k)

@@ -113,6 +113,15 @@ def attention_with_lse(
     return ops.attention_with_lse(q, k, v, _scale(scale, q), _bias(key_bias, k))
 
 
+def _mass_implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int):
+    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call."""
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
+    if backend == "auto" and (block_q % 16 or block_k % 16):
+        backend = "torch"  # Triton's tiles are multiples of 16
+    return _implementation(choose_backend(backend, q, k, v))
+
+
 def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
     scale: float | None = None, key_bias: Tensor | None = None, backend: str = "auto",
@@ -123,11 +132,7 @@ def block_mass(
     masses of a row of blocks sum to its number of real rows.
     """
     _check_qkv(q, k, None)
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
-    if backend == "auto" and (block_q % 16 or block_k % 16):
-        backend = "torch"  # Triton's tiles are multiples of 16
-    ops = _implementation(choose_backend(backend, q, k, k))
+    ops = _mass_implementation(backend, q, k, k, lse, block_q, block_k)
     return ops.block_mass(q, k, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
 
 
@@ -142,11 +147,7 @@ def attention_with_mass(
     extension of AdaSpa (arXiv 2502.21079, section 4.1), which spends a second pass. Each order holds every row.
     """
     _check_qkv(q, k, v)
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
-    if backend == "auto" and (block_q % 16 or block_k % 16):
-        backend = "torch"  # Triton's tiles are multiples of 16
-    ops = _implementation(choose_backend(backend, q, k, v))
+    ops = _mass_implementation(backend, q, k, v, lse, block_q, block_k)
     return ops.attention_with_mass(q, k, v, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
 
 

@@ -75,10 +75,8 @@ def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Sparse
     if blocks.limit:
         run.note(blocks.limit)
     found = state.found
-    if (found is None or found.what is None) and call.step < run.schedule.warmup - 1:
-        return _keep_lse(call, state)
     if found is None or found.what is None:
-        return _first_search(call, config, state, blocks)
+        return _keep_lse(call, state) if call.step < run.schedule.warmup - 1 else _first_search(call, config, state, blocks)
     if call.step < run.schedule.warmup:
         return Dense("warm-up step", planned=True)
     if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
