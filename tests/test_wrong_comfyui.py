@@ -20,7 +20,7 @@ def test_a_wrong_comfyui_is_said_once(tmp_path, wrong):
     (tmp_path / "bare").write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'aiohttp'\" >&2\nexit 1\n")
     (tmp_path / "bare").chmod(0o755)
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui), "COMFYUI_PYTHON": python}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HOST_TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rN", str(HOST_TESTS)]  # the summary would say it again
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     sentence = {
         "path": f"COMFYUI_PATH={comfyui} is no ComfyUI: there is no main.py in it",
