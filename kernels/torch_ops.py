@@ -36,7 +36,7 @@ _TILE_ROWS = 1024
 def _output(q: Tensor) -> Tensor:
     """Like q, with [B, S, H, D] contiguous: the layout that hosts take it in."""
     batch, heads, seq, dim = q.shape
-    return torch.empty(batch, seq, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return _fresh(q.numel(), q.dtype, q.device).view(batch, seq, heads, dim).transpose(1, 2)
 
 
 def _exact_dtype(tensor: Tensor) -> torch.dtype:
@@ -90,6 +90,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`. Returns out and, where asked for, lse."""
     mask = mask.expand(*q.shape[:2])
+    full_rows = mask.full_rows
     blocks = _BlocksOfHeads(q, k, mask.block_q, mask.block_k, q_order, k_order, key_bias)
     out = _output(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
@@ -97,7 +98,7 @@ def block_sparse_attention(
     for b, h in blocks.heads():
         query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
         head = _Head(q[b, h], keys, scale, out[b, h], None if lse is None else lse[b, h], work)
-        head.attend_blocks(query_rows, mask.kv_num_blocks[b, h], mask.kv_indices[b, h])
+        head.attend_blocks(query_rows, mask.kv_num_blocks[b, h], mask.kv_indices[b, h], full_rows[b, h])
     return out, lse
 
 
@@ -165,11 +166,14 @@ class _Head:
     def __init__(self, q: Tensor, keys: _Keys, scale: float, out: Tensor, lse: Tensor | None, work: _Workspace):
         self.q, self.keys, self.scale, self.out, self.lse, self.work = q, keys, scale, out, lse, work
         self.writes_scores = q.device.type == "cpu" or lse is not None
-        if self.writes_scores:
-            self.weighted_values = work.cast("head's weighted values", keys.values, _weighted_dtype(keys.values))
-            self.score_keys = self._score_keys()
 
-    def _score_keys(self) -> Tensor:
+    @functools.cached_property
+    def weighted_values(self) -> Tensor:
+        """The values as weights multiply them: [K, block_k, D]."""
+        return self.work.cast("head's weighted values", self.keys.values, _weighted_dtype(self.keys.values))
+
+    @functools.cached_property
+    def score_keys(self) -> Tensor:
         """The keys as scores are made from them, [K, block_k, D], or D + 1: one more column takes their offset into the matrix product."""
         # Scores are float32, whatever comes in: 8 bits of mantissa are too few for an exponent.
         keys, offset, name = self.keys.keys, self.keys.offset, "head's score keys"
@@ -179,16 +183,15 @@ class _Head:
         result[..., :-1], result[..., -1] = keys, offset
         return result
 
-    def attend_blocks(self, query_rows: Tensor, counts: Tensor, indices: Tensor) -> None:
-        """query_rows: [Q, block_q], -1 where there is none; counts, indices: the mask's, [Q] and [Q, M].
+    def attend_blocks(self, query_rows: Tensor, counts: Tensor, indices: Tensor, full_rows: Tensor) -> None:
+        """query_rows: [Q, block_q], -1 where there is none; counts, indices, full_rows: the mask's, [Q], [Q, M] and [Q].
 
         Query blocks with equally many rows and kept blocks go together.
         """
         present = query_rows >= 0
-        every = counts == len(self.keys.count)  # keeps every block, and has no list
-        used = (torch.arange(indices.shape[1], device=indices.device) < counts[:, None]) & ~every[:, None]
+        used = (torch.arange(indices.shape[1], device=indices.device) < counts[:, None]) & ~full_rows[:, None]
         seen = torch.where(used, self.keys.count[torch.where(used, indices, 0).long()], 0).sum(1)
-        kept = torch.where(torch.where(every, self.keys.count.sum(), seen) == 0, 0, counts)
+        kept = torch.where(torch.where(full_rows, self.keys.count.sum(), seen) == 0, 0, counts)
         kinds, kind_of_block = torch.stack([kept, present.sum(1)], 1).unique(dim=0, return_inverse=True)
         for kind, (count, size) in enumerate(kinds.tolist()):
             if size == 0:
@@ -229,8 +232,9 @@ class _Head:
         """Rows [n, size] to the key blocks [n, count], written to out and lse at those rows."""
         if self.writes_scores:
             keys = self._gathered("keys", self.score_keys, lists)
-            # The values are gathered when the scores are done with, and so find the cache to themselves.
-            self._attend_written_out(rows, keys, lambda: self._gathered("values", self.weighted_values, lists))
+            # The values are gathered when the keys are done with, into the same memory where they can: it is still in cache.
+            name = "keys" if self.score_keys.dtype == self.weighted_values.dtype else "values"
+            self._attend_written_out(rows, keys, lambda: self._gathered(name, self.weighted_values, lists))
         else:
             keys, values = self._gathered("keys", self.keys.keys, lists), self._gathered("values", self.keys.values, lists)
             offset = None if self.keys.offset is None else self.keys.offset[lists].flatten(1)
@@ -447,12 +451,12 @@ class _KeysOfRows:
         row_blocks = self.row_blocks[_order_of(self.plan.q_order, b, h)]
         key_blocks = self.key_blocks[_order_of(self.plan.k_order, b, h)]
         indices, counts = self.mask.kv_indices[b, h][row_blocks].long(), self.mask.kv_num_blocks[b, h][row_blocks][:, None]
-        every = counts == self.mask.num_k_blocks  # keeps every block, and has no list
-        used = (torch.arange(indices.shape[1], device=indices.device) < counts) & ~every
+        full = self.mask.full_rows[b, h][row_blocks][:, None]
+        used = (torch.arange(indices.shape[1], device=indices.device) < counts) & ~full
         # One column more than there are blocks takes what is unused, and keys that the order leaves out.
         blocks = torch.zeros(len(row_blocks), self.mask.num_k_blocks + 1, dtype=torch.bool, device=indices.device)
         blocks.scatter_(1, torch.where(used, indices, self.mask.num_k_blocks), True)
-        blocks |= every
+        blocks |= full
         blocks[:, -1] = False
         return blocks[:, key_blocks]
 
