@@ -25,6 +25,8 @@ from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows
 _GROUP_BYTES = 8 << 20
 # And the most that may be taken to give every thread a query block of its own.
 _MOST_GROUP_BYTES = 128 << 20
+# Query rows that are read, and whose results are written, at a time: enough to hide the calls.
+_ROWS = 4096
 # Bytes of scores at a time, where whole rows of them are written out.
 _SCORE_BYTES = 32 << 20
 # Bytes of a large page on x86 and most of the others.
@@ -203,10 +205,7 @@ class _Head:
             elif count == len(self.keys.count):
                 self.attend_to_all(rows.flatten())
             else:
-                lists = indices[blocks, :count].long()
-                group = self._group(size, count)
-                for start in range(0, len(blocks), group):
-                    self._attend(rows[start : start + group], lists[start : start + group])
+                self._attend_listed(rows, indices[blocks, :count].long())
 
     def attend_to_all(self, rows: Tensor) -> None:
         """Rows [n] that see every key: dense attention."""
@@ -215,10 +214,11 @@ class _Head:
             keys, values = (table.flatten(0, 1)[present][None] for table in (self.keys.keys, self.keys.values))
             self._attend_fused(rows[None], keys, values, None if self.keys.offset is None else self.keys.offset.flatten()[present][None])
             return
-        step = max(1, _SCORE_BYTES // (4 * self.score_keys.shape[0] * self.score_keys.shape[1]))
+        keys, values = (table.view(1, -1, table.shape[2]) for table in (self.score_keys, self.weighted_values))
+        step = max(1, _SCORE_BYTES // (4 * keys.shape[1]))
         for start in range(0, len(rows), step):
-            keys, values = (table.view(1, -1, table.shape[2]) for table in (self.score_keys, self.weighted_values))
-            self._attend_written_out(rows[None, start : start + step], keys, lambda values=values: values)
+            with self._rows(rows[None, start : start + step]) as (queries, result, row_lse):
+                self._attend_written_out(queries, keys, lambda: values, result, row_lse)
 
     def _group(self, size: int, count: int) -> int:
         """How many query blocks of `size` rows and `count` key blocks to take at a time: equally many for each thread."""
@@ -228,30 +228,50 @@ class _Head:
         threads = torch.get_num_threads() if self.q.device.type == "cpu" else 1
         return max(1, min(threads * max(1, _GROUP_BYTES // (bytes_a_block * threads)), _MOST_GROUP_BYTES // bytes_a_block))
 
-    def _attend(self, rows: Tensor, lists: Tensor) -> None:
+    def _attend_listed(self, rows: Tensor, lists: Tensor) -> None:
         """Rows [n, size] to the key blocks [n, count], written to out and lse at those rows."""
-        if self.writes_scores:
-            keys = self._gathered("keys", self.score_keys, lists)
-            # The values are gathered when the keys are done with, into the same memory where they can: it is still in cache.
-            name = "keys" if self.score_keys.dtype == self.weighted_values.dtype else "values"
-            self._attend_written_out(rows, keys, lambda: self._gathered(name, self.weighted_values, lists))
-        else:
-            keys, values = self._gathered("keys", self.keys.keys, lists), self._gathered("values", self.keys.values, lists)
-            offset = None if self.keys.offset is None else self.keys.offset[lists].flatten(1)
-            self._attend_fused(rows, keys, values, offset)
+        group = self._group(rows.shape[1], lists.shape[1])
+        slab = group * max(1, _ROWS // (group * rows.shape[1]))
+        for start in range(0, len(rows), slab):
+            some_rows, some_lists = rows[start : start + slab], lists[start : start + slab]
+            parts = [slice(part, part + group) for part in range(0, len(some_rows), group)]
+            if self.writes_scores:
+                with self._rows(some_rows) as (queries, result, row_lse):
+                    for part in parts:
+                        self._attend_group(queries[part], some_lists[part], result[part], None if row_lse is None else row_lse[part])
+            else:
+                for part in parts:
+                    keys, values = (self._gathered(name, getattr(self.keys, name), some_lists[part]) for name in ("keys", "values"))
+                    offset = None if self.keys.offset is None else self.keys.offset[some_lists[part]].flatten(1)
+                    self._attend_fused(some_rows[part], keys, values, offset)
+
+    @contextlib.contextmanager
+    def _rows(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The scaled queries of rows [n, size], and room for their results and LSE, which are written to those rows at the end."""
+        queries = self.scaled_queries(rows.flatten()).view(*rows.shape, -1)
+        result = self.work.take("result", (*rows.shape, self.out.shape[1]), self.weighted_values.dtype)
+        row_lse = None if self.lse is None else torch.empty(rows.shape, dtype=queries.dtype, device=rows.device)
+        yield queries, result, row_lse
+        self.write(rows, result, row_lse)
+
+    def _attend_group(self, queries: Tensor, lists: Tensor, result: Tensor, row_lse: Tensor | None) -> None:
+        """Queries [n, size, D] to the key blocks [n, count]."""
+        # The values are gathered when the keys are done with, into the same memory where they can: it is still in cache.
+        name = "keys" if self.score_keys.dtype == self.weighted_values.dtype else "values"
+        keys = self._gathered("keys", self.score_keys, lists)
+        self._attend_written_out(queries, keys, lambda: self._gathered(name, self.weighted_values, lists), result, row_lse)
 
     def _gathered(self, name: str, table: Tensor, lists: Tensor) -> Tensor:
         """The blocks [K, block_k, D] of each list as one matrix: [n, count * block_k, D]."""
         return self.work.gather(name, table.flatten(1), lists.flatten()).view(len(lists), -1, table.shape[2])
 
-    def _attend_written_out(self, rows: Tensor, keys: Tensor, values: Callable[[], Tensor]) -> None:
-        """keys: [n, length, D], or D + 1 with their offset; values: [n, length, D]."""
-        queries = self.scaled_queries(rows.flatten()).view(*rows.shape, -1)
-        scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.take("scores", (*rows.shape, keys.shape[1]), queries.dtype))
-        row_lse = _softmax_(scores, with_lse=self.lse is not None)
-        weights = self.work.cast("weights", scores, self.weighted_values.dtype)
-        result = torch.bmm(weights, values(), out=self.work.take("result", (*rows.shape, self.out.shape[1]), weights.dtype))
-        self.write(rows, result, row_lse)
+    def _attend_written_out(self, queries: Tensor, keys: Tensor, values: Callable[[], Tensor], result: Tensor, row_lse: Tensor | None) -> None:
+        """queries: [n, size, D]; keys: [n, length, D]; both D + 1 with the keys' offset; values: [n, length, D]. Fills result and row_lse."""
+        scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.take("scores", (*queries.shape[:2], keys.shape[1]), queries.dtype))
+        lse = _softmax_(scores, with_lse=row_lse is not None)
+        torch.bmm(self.work.cast("weights", scores, result.dtype), values(), out=result)
+        if row_lse is not None:
+            row_lse.copy_(lse)
 
     def scaled_queries(self, rows: Tensor) -> Tensor:
         """Queries [n, D], or [n, D + 1] where keys have an offset, for scores by one matrix product."""
