@@ -28,8 +28,8 @@ class AttentionCall:
     """One self-attention call of a video model, for one condition.
 
     q, k, v: [B, H, S, D] views. key_bias: [B or 1, S] or None. scale: None is 1/sqrt(D).
-    layer: number in execution order. step: index into the run's sigmas. condition: a name that stays the same
-    through the run for the same prompt and context window.
+    layer: number in execution order; stack: which of those that bear the number, where several do. step: index into the
+    run's sigmas. condition: a name that stays the same through the run for the same prompt and context window.
     """
 
     q: Tensor
@@ -41,3 +41,4 @@ class AttentionCall:
     condition: Hashable
     scale: float | None = None
     key_bias: Tensor | None = None
+    stack: str = ""

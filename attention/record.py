@@ -20,6 +20,9 @@ from .layout import VideoLayout
 
 SCHEMA = 1
 
+# A layer by its number, and by its stack where several stacks count alike; the main one is "".
+LayerKey = tuple[int, str]
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -31,6 +34,11 @@ class Figures:
     density: Tensor
     temporal: Tensor | None = None
     recall: Tensor | None = None
+
+
+def _name_of(layer: LayerKey) -> str:
+    number, stack = layer
+    return f"{number} {stack}" if stack else str(number)
 
 
 class _Mean:
@@ -55,6 +63,7 @@ class RunRecord:
         self.method, self.config = method, config
         self.steps, self.layers, self.seed, self.warmup = steps, layers, seed, warmup
         self.model: str | None = None
+        self.automatic: str | None = None
         self.backend: str | None = None
         self.layout: VideoLayout | None = None
         self.node: str | None = None
@@ -65,9 +74,9 @@ class RunRecord:
         self.notes: list[str] = []
         self.step = 0
         self._sparsity = _Mean()
-        self._cells: dict[tuple[int, int], _Mean] = defaultdict(_Mean)
-        self._heads: dict[str, dict[int, list[_Mean]]] = {name: {} for name in ("sparsity", "temporal", "recall")}
-        self._pending: list[tuple[int, int, Tensor, str]] = []
+        self._cells: dict[tuple[int, LayerKey], _Mean] = defaultdict(_Mean)
+        self._heads: dict[str, dict[LayerKey, list[_Mean]]] = {name: {} for name in ("sparsity", "temporal", "recall")}
+        self._pending: list[tuple[int, LayerKey, Tensor, str]] = []
         self._lock = threading.Lock()
 
     @property
@@ -96,15 +105,15 @@ class RunRecord:
         with self._lock:
             self.sparse_calls += 1
             self.layout = call.layout
-            self._pending += [(call.step, call.layer, value, name) for name, value in named if value is not None]
+            self._pending += [(call.step, (call.layer, call.stack), value, name) for name, value in named if value is not None]
 
-    def dense(self, step: int, layer: int | None, reason: str, calls: int = 1) -> None:
-        """So many calls ran dense, for one reason."""
+    def dense(self, step: int, layer: int | None, reason: str, calls: int = 1, stack: str = "") -> None:
+        """So many calls ran dense, for one reason. layer: None for calls of no known layer."""
         with self._lock:
             self.dense_calls += calls
             self.reasons[reason] += calls
             if layer is not None:
-                self._cells[step, layer].add(0.0, calls)
+                self._cells[step, (layer, stack)].add(0.0, calls)
 
     def searched(self, step: int) -> None:
         with self._lock:
@@ -123,7 +132,7 @@ class RunRecord:
             for (step, layer, value, name), figures in zip(items, values.split(sizes), strict=True):
                 self._add(step, layer, name, figures.view(value.shape).double().mean(0))
 
-    def _add(self, step: int, layer: int, name: str, heads: Tensor) -> None:
+    def _add(self, step: int, layer: LayerKey, name: str, heads: Tensor) -> None:
         """heads: [H], the mean over the batch."""
         with self._lock:
             if name == "sparsity":
@@ -137,33 +146,43 @@ class RunRecord:
                 if math.isfinite(value):  # activations that are not numbers have no recall, and JSON no word for it
                     mean.add(value)
 
+    def _layers(self) -> list[LayerKey]:
+        """The layers of the main stack up to the last that called, then those of other stacks, by number."""
+        seen = {layer for _, layer in self._cells}
+        last = max((number for number, _ in seen), default=-1)
+        return [(number, "") for number in range(last + 1)] + sorted(layer for layer in seen if layer[1])
+
+    def layer_names(self) -> list[str]:
+        """What the rows of by_layer_and_step are called: "0", "1", then such as "0 vace"."""
+        return [_name_of(layer) for layer in self._layers()]
+
     def by_layer_and_step(self) -> list[list[float | None]]:
-        """Skipped share by layer, then step; None where no call came."""
-        layers = max((layer for _, layer in self._cells), default=-1) + 1
+        """Skipped share by layer, then step; None where no call came. The rows are those of `layer_names`."""
         steps = max(self.steps, max((step for step, _ in self._cells), default=-1) + 1)
 
-        def value(step: int, layer: int) -> float | None:
+        def value(step: int, layer: LayerKey) -> float | None:
             return round(self._cells[step, layer].value, 6) if (step, layer) in self._cells else None
 
-        return [[value(step, layer) for step in range(steps)] for layer in range(layers)]
+        return [[value(step, layer) for step in range(steps)] for layer in self._layers()]
 
-    def by_layer_and_head(self, name: str) -> dict[int, list[float | None]]:
-        """"sparsity", "temporal" (share of classifications) or "recall", by layer: one number a head, None where it never was one."""
-        return {layer: [round(mean.value, 6) if mean.count else None for mean in means] for layer, means in sorted(self._heads[name].items())}
+    def by_layer_and_head(self, name: str) -> dict[str, list[float | None]]:
+        """"sparsity", "temporal" (share of classifications) or "recall", by layer's name: one number a head, None where it never was one."""
+        rows = sorted(self._heads[name].items(), key=lambda row: (row[0][1], row[0][0]))
+        return {_name_of(layer): [round(mean.value, 6) if mean.count else None for mean in means] for layer, means in rows}
 
     def to_json(self) -> dict:
         """The record as plain data; its form is versioned by "schema"."""
         self.flush()
         data = {
-            "schema": SCHEMA, "method": self.method, "model": self.model, "outcome": self.outcome,
+            "schema": SCHEMA, "method": self.method, "model": self.model, "automatic_settings": self.automatic, "outcome": self.outcome,
             "asked_sparsity": self.asked_sparsity, "achieved_sparsity": round(self.achieved_sparsity, 6), "run_sparsity": round(self.run_sparsity, 6),
             "sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls, "reasons": dict(self.reasons),
             "tokens": self.layout.seq_len if self.layout else None, "layout": asdict(self.layout) if self.layout else None,
             "steps": self.steps, "warmup_steps": self.warmup, "layers": self.layers, "seed": self.seed, "backend": self.backend,
             "search_steps": sorted(self.searches), "notes": list(self.notes), "config": asdict(self.config) if self.config else None,
-            "sparsity_by_layer_and_step": self.by_layer_and_step(),
+            "layer_names": self.layer_names(), "sparsity_by_layer_and_step": self.by_layer_and_step(),
         }
         for name, key in (("sparsity", "sparsity"), ("temporal", "temporal_share"), ("recall", "recall")):
             if self._heads[name]:
-                data[f"{key}_by_layer_and_head"] = {str(layer): heads for layer, heads in self.by_layer_and_head(name).items()}
+                data[f"{key}_by_layer_and_head"] = self.by_layer_and_head(name)
         return data

@@ -80,19 +80,19 @@ class Schedule:
 
 def make_schedule(
     sigmas: Sequence[float], percent_to_sigma: Callable[[float], float], sigma_max: float,
-    warmup_steps: int = -1, end_steps: int = 0, least_warmup: int = 0,
+    warmup_steps: int = -1, end_steps: int = 0, least_warmup: int = 0, warmup_percent: float = WARMUP_PERCENT,
 ) -> Schedule:
     """The schedule of a run.
 
     sigmas: the run's, falling. percent_to_sigma: the model's (0 is full noise, 1 is none). sigma_max: the model's.
-    warmup_steps: -1 is automatic: the steps above 20 percent; at least one when the run starts at full noise, exactly
+    warmup_steps: -1 is automatic: the steps above warmup_percent; at least one when the run starts at full noise, exactly
     one then where it has 8 steps or fewer; none in a second stage that starts below. N is this run's first N.
     least_warmup: what a method needs at least.
     """
     sigmas = tuple(float(sigma) for sigma in sigmas)
     steps = max(len(sigmas) - 1, 1)
     if warmup_steps < 0:
-        threshold = percent_to_sigma(WARMUP_PERCENT)
+        threshold = percent_to_sigma(warmup_percent)
         warmup = sum(sigma > threshold * (1 + _SAME_SIGMA) for sigma in sigmas[:steps])
         if sigmas[0] >= sigma_max * (1 - 1e-3):
             warmup = 1 if steps <= FEW_STEPS else max(warmup, 1)

@@ -65,7 +65,7 @@ class Session:
 
     def state(self, call: AttentionCall) -> LayerState:
         """What is known of this call's layer for its condition on its device."""
-        key = (call.q.device, call.condition, call.layer)
+        key = (call.q.device, call.condition, call.layer, call.stack)
         shape = (tuple(call.q.shape), call.layout)
         with self._lock:
             known = self._states.get(key)

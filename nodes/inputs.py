@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention.config import BACKEND_CHOICES, MOST_SPARSITY, PRECISION_CHOICES, MethodConfig
+from ..attention.config import AUTOMATIC, BACKEND_CHOICES, MOST_SPARSITY, PRECISION_CHOICES, MethodConfig
 from ..attention.dispatch import MIN_TOKENS
 
 CATEGORY = "model/patch"
@@ -22,13 +22,14 @@ def common_inputs(defaults: type[MethodConfig], refresh_way: str, warmup_extra: 
     """Sparsity, warm-up and refresh."""
     return [
         io.Float.Input(
-            "sparsity", default=defaults.sparsity, min=0.0, max=MOST_SPARSITY, step=0.01, optional=True,
-            tooltip="The share of attention that is skipped. Up: faster, and further from the dense video. Down: slower and closer. 0 skips nothing.",
+            "sparsity", default=defaults.sparsity, min=float(AUTOMATIC), max=MOST_SPARSITY, step=0.01, optional=True,
+            tooltip="The share of attention that is skipped. Up: faster, and further from the dense video. Down: slower and closer. 0 skips nothing. "
+            "-1: automatic, what suits the model, gentler for small ones.",
         ),
         io.Int.Input(
             "warmup_steps", default=-1, min=-1, max=_MANY, step=1, optional=True,
             tooltip="How many first steps stay dense. They fix the composition. Up: closer to the dense video, less gain. "
-            "-1: automatic, about the first fifth, one step in runs of 8 or fewer." + warmup_extra,
+            "-1: automatic, about the first fifth, more for some models, one step in runs of 8 or fewer." + warmup_extra,
         ),
         io.Int.Input("cache_refresh", default=-1, min=-1, max=_MANY, step=1, optional=True, tooltip=refresh_way),
     ]
@@ -39,7 +40,8 @@ def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[i
     return [
         io.String.Input(
             "dense_layers", default=defaults.dense_layers, optional=True, advanced=True,
-            tooltip='Layers that stay dense, as "0-2, -1" (the first three and the last), in execution order. More: closer and slower.',
+            tooltip='Layers that stay dense, as "0-2, -1" (the first three and the last), in execution order. More: closer and slower. '
+            "auto: what suits the model.",
         ),
         io.Int.Input(
             "end_steps", default=0, min=0, max=_MANY, step=1, optional=True, advanced=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall, Dense
-from ..attention.config import MethodConfig
+from ..attention.config import Automatic, MethodConfig
 from ..attention.dispatch import sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
 from ..attention.record import RunRecord
 from ..attention.schedule import make_schedule
 from ..attention.session import Session
 from . import host, video_models
+from .model_row import Call, Evaluation, Layer, VideoModel
 from .status import StatusLine, hint
-from .video_models import Evaluation, VideoModel
 
 
 class RunLog:
@@ -96,19 +96,28 @@ class _Run:
     ) -> Session:
         """A fresh session. Thresholds are read now, since a later node may have changed the model's sampling."""
         sampling = guider.model_patcher.get_model_object("model_sampling")
+        network = video_models.plain(guider.model_patcher.get_model_object("diffusion_model"))
+        row = video_models.find(network)
+        layers, automatic, source = _facts(row, network, self.method)
+        config = self.config.resolved(automatic)
         schedule = make_schedule(
             sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), float(sampling.sigma_max),
-            self.config.warmup_steps, self.config.end_steps, self.method.LEAST_WARMUP,
+            config.warmup_steps, config.end_steps, self.method.LEAST_WARMUP, automatic.warmup,
         )
-        network = guider.model_patcher.get_model_object("diffusion_model")
-        row = video_models.find(network)
-        layers = None if isinstance(row, Dense) else row.layers(network)
-        record = RunRecord(self.method.NAME, self.config, schedule.steps, layers, seed or 0, schedule.warmup)
-        record.model = type(network).__name__ if isinstance(row, Dense) else row.name
-        record.node = host.executing_node()
+        record = RunRecord(self.method.NAME, config, schedule.steps, layers, seed or 0, schedule.warmup)
+        record.model, record.automatic, record.node = row.name, source, host.executing_node()
         if self.note:
             record.note(self.note)
-        return Session(self.method, self.config, schedule, seed or 0, record, layers)
+        return Session(self.method, config, schedule, seed or 0, record, layers)
+
+
+def _facts(row: VideoModel, network: Any, method: ModuleType) -> tuple[int | None, Automatic, str | None]:
+    """How many layers a model has, what automatic settings come to, and where that comes from; as for an unknown one, where it cannot be read."""
+    try:
+        return row.layers(network), row.automatic(network).get(method.NAME, method.AUTOMATIC), row.source(network) or None
+    except Exception:  # a network that has changed since its row was written: its layout will say so
+        host.log.warning("could not read the facts of %s", row.name, exc_info=True)
+        return None, method.AUTOMATIC, None
 
 
 @dataclass(frozen=True)
@@ -124,23 +133,26 @@ class _Active:
 class _Forward:
     """One evaluation of the model: who asks (conditions), when (step), about what (evaluation).
 
-    layers: the layers that have called so far. reached: whether any attention call came to our override.
+    reached: whether any attention call came to our override.
     """
 
     active: _Active
-    model: VideoModel | Dense
+    model: VideoModel
     evaluation: Evaluation
     step: int
     conditions: tuple[Hashable, ...]
-    layers: list[int] = field(default_factory=list)
     reached: bool = False
-    layout: VideoLayout | Dense | None = None
+    layout: VideoLayout | None = None
 
-    def layout_for(self, options: dict) -> VideoLayout | Dense:
+    def layout_for(self, call: Call) -> VideoLayout | Dense:
+        """The layout of this evaluation, kept once a call has shown it."""
         if self.layout is None:
-            self.layout = self.model if isinstance(self.model, Dense) else self.model.layout(self.evaluation, options)
-            if isinstance(self.layout, VideoLayout):
-                self.active.session.record.layout = self.layout
+            layout = self.model.layout_of(self.evaluation, call)
+            if isinstance(layout, Dense):
+                return layout
+            self.layout = self.active.session.record.layout = layout
+            if self.model.note:
+                self.active.session.note(self.model.note)
         return self.layout
 
 
@@ -158,10 +170,13 @@ def _evaluate(
     session.record.step = step
     session.record.flush()
     active.status.show(session.record)
-    network = executor.class_obj.diffusion_model
-    evaluation = Evaluation(network, x, c_crossattn, kwargs)
+    network = video_models.plain(executor.class_obj.diffusion_model)
+    evaluation = Evaluation(network, video_models.latent_shape(x, kwargs), {**kwargs, "context": c_crossattn})
     forward = options[host.KEY] = _Forward(active, video_models.find(network), evaluation, step, _conditions(options))
     result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if evaluation.longest and not evaluation.layers and forward.layout is not None:
+        expected = f"{forward.layout} are {forward.layout.seq_len} tokens"
+        _stay_dense(forward, None, Dense(f"no attention call was as long as the video: {expected}, the longest call had {evaluation.longest}"))
     # Another override on top of ours may well pass its calls on; one that does not has taken our place.
     if not forward.reached and options.get(host.OVERRIDE) is not active.override:
         session.note("another node replaced the attention override during this run, so its attention is not this node's")
@@ -193,11 +208,13 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         if not isinstance(forward, _Forward):
             return run_dense(func, q, k, v, *args, **kwargs)
         forward.reached = True
-        layer = _layer_of(forward, q.shape[-2], k.shape[-2], options)
+        named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        split = named.get("skip_reshape", False)
+        width = q.shape[1] * q.shape[3] if split else q.shape[-1]
+        layer = _told(forward, None, lambda: _layer_of(forward, Call(q.shape[-2], k.shape[-2], width, options)))
         if isinstance(layer, Dense):
             return run_dense(func, q, k, v, *args, **kwargs)
-        named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-        if named.get("skip_reshape", False):
+        if split:
             parts = [q, k, v]
         else:
             dim = q.shape[-1] // named["heads"]
@@ -210,26 +227,38 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
     return override
 
 
-def _layer_of(forward: _Forward, seq_q: int, seq_k: int, options: dict) -> int | Dense:
+_NOT_OURS = Dense("cross-attention, or another stream's attention", planned=True)  # no business of ours, and not counted
+
+
+def _layer_of(forward: _Forward, call: Call) -> Layer | Dense:
     """The layer of the video that calls, from lengths alone; Dense for a call that is not the video's, or stays dense anyway."""
-    layout = forward.layout_for(options)
-    same = seq_q == seq_k
+    model, evaluation, session = forward.model, forward.evaluation, forward.active.session
+    if session.disabled and forward.layout is None:  # reading the layout may be what failed
+        return _stay_dense(forward, None, Dense(session.disabled)) if call.seq_q == call.seq_k else _NOT_OURS
+    if not model.concerns(evaluation, call):
+        return _NOT_OURS
+    if call.seq_q != call.seq_k:
+        part = forward.layout is not None and call.seq_q < call.seq_k == forward.layout.seq_len
+        return _stay_dense(forward, None, _A_PART) if part else _NOT_OURS
+    layout = forward.layout_for(call)
     if isinstance(layout, Dense):
-        return _stay_dense(forward, None, layout) if same else layout
-    layer = forward.model.layer(forward.evaluation.network, options, forward.layers)
-    # Lengths tell cross-attention, and where the text is as long as the video, that the layer has called before.
-    if seq_q == layout.seq_len and (not same or (layer in forward.layers and forward.evaluation.text_tokens == seq_k)):
-        return Dense("cross-attention", planned=True)  # no business of ours, and not counted
+        return _stay_dense(forward, None, layout)
+    if call.seq_q < layout.video_tokens:  # text or sound among itself
+        evaluation.longest = max(evaluation.longest, call.seq_q)
+        return _NOT_OURS
+    layer = model.layer_of(evaluation, call)
     if layer is None:
-        dense = Dense("a call outside of the model's numbered layers", planned=True)
-        return _stay_dense(forward, None, dense) if seq_q == layout.seq_len else dense
-    forward.layers.append(layer)
-    dense = stays_dense(forward.active.session, forward.step, layer)
+        return _NOT_OURS if call.seq_q == evaluation.text_tokens else _stay_dense(forward, None, _UNNUMBERED)
+    dense = stays_dense(session, forward.step, layer.number)
     return layer if dense is None else _stay_dense(forward, layer, dense)
 
 
+_UNNUMBERED = Dense("a call outside of the model's numbered layers", planned=True)
+_A_PART = Dense("the model attends for a part of the video at a time, as with guides that have a strength of their own")
+
+
 def _attend(
-    forward: _Forward, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, run_dense: Callable[[], Tensor],
+    forward: _Forward, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, run_dense: Callable[[], Tensor],
 ) -> Tensor | Dense:
     """One call of the host's, [B, H, S, D] in and out, condition by condition; Dense where it is the host's to compute."""
     bias = _key_bias(mask, k)
@@ -242,7 +271,7 @@ def _attend(
     for number, condition in enumerate(forward.conditions):
         rows = slice(number * size, (number + 1) * size)
         part = bias if bias is None or len(bias) == 1 else bias[rows]
-        call = AttentionCall(q[rows], k[rows], v[rows], forward.layout, layer, forward.step, condition, scale, part)
+        call = AttentionCall(q[rows], k[rows], v[rows], forward.layout, layer.number, forward.step, condition, scale, part, layer.stack)
         outputs.append(_compute(call, forward))
     if all(isinstance(output, Dense) and output.output is None for output in outputs):
         return outputs[0]
@@ -250,26 +279,38 @@ def _attend(
 
 
 def _compute(call: AttentionCall, forward: _Forward) -> Tensor | Dense:
-    """One condition's call. An unexpected error is told once, and the rest of the run is dense."""
+    """One condition's call."""
+    layer = Layer(call.layer, call.stack)
+
+    def compute() -> Tensor | Dense:
+        with host.outside_recording():
+            result = sparse_attention(call, forward.active.session)
+        return _stay_dense(forward, layer, result, 1) if isinstance(result, Dense) else result
+
+    return _told(forward, layer, compute, 1)
+
+
+def _told(forward: _Forward, layer: Layer | None, compute: Callable[[], Any], conditions: int | None = None) -> Any:
+    """What `compute` returns. An unexpected error is told once, and the rest of the run is dense; `strict` raises it."""
     session = forward.active.session
     try:
-        with host.outside_recording():
-            result = sparse_attention(call, session)
+        return compute()
     except Exception as error:
         if session.config.strict:
             raise
-        host.log.exception("the sparse path failed; the rest of this run is dense")
-        session.disabled = f"the sparse path failed ({type(error).__name__}: {error})"
-        result = Dense(session.disabled)
-    return _stay_dense(forward, call.layer, result, 1) if isinstance(result, Dense) else result
+        if session.disabled is None:
+            host.log.exception("the sparse path failed; the rest of this run is dense")
+            session.disabled = f"the sparse path failed ({type(error).__name__}: {error})"
+        return _stay_dense(forward, layer, Dense(session.disabled), conditions)
 
 
-def _stay_dense(forward: _Forward, layer: int | None, dense: Dense, conditions: int | None = None) -> Dense:
+def _stay_dense(forward: _Forward, layer: Layer | None, dense: Dense, conditions: int | None = None) -> Dense:
     """Puts a dense call on record; `strict` makes an error of what was not planned."""
     session = forward.active.session
     if session.config.strict and not dense.planned:
         raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}.{hint(dense.reason, session.config)}")
-    session.record.dense(forward.step, layer, dense.reason, conditions or len(forward.conditions))
+    number, stack = layer or (None, "")
+    session.record.dense(forward.step, number, dense.reason, conditions or len(forward.conditions), stack)
     return dense
 
 

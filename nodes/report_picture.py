@@ -58,6 +58,10 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
     for step in data["search_steps"]:
         axes.axvline(step, color="white", linestyle=":", linewidth=1)
     axes.locator_params(integer=True)
+    names = data["layer_names"]
+    if names != [str(number) for number in range(len(names))]:  # several stacks: each row by its name, as many as fit
+        rows = range(0, len(names), -(-len(names) // 24))
+        axes.set_yticks(list(rows), [names[row] for row in rows], fontsize=7)
     figure.colorbar(image, ax=axes, label="0 = dense")
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NAME = "double"
-UNKNOWN = ("cogvideox", "image")
+UNKNOWN = ("packed", "image")
 
 
 # --- comfy.patcher_extension -----------------------------------------------------------------------------------------
@@ -284,11 +284,16 @@ class _Network(nn.Module):
 
     def __init__(self, channels, text_width):
         super().__init__()
-        box = self.patch_size[0] * self.patch_size[1] * self.patch_size[2] * channels
+        box = self.box[0] * self.box[1] * self.box[2] * channels
         self.embed, self.unembed = nn.Linear(box, _WIDTH), nn.Linear(_WIDTH, box)
         self.text, self.time = nn.Linear(text_width, _WIDTH), nn.Linear(1, _WIDTH)
         self.qkv = nn.ModuleList(nn.Linear(_WIDTH, 3 * _WIDTH) for _ in range(self.layers + 1))
         self.cross = nn.ModuleList(nn.Linear(_WIDTH, 3 * _WIDTH) for _ in range(self.layers))
+
+    @property
+    def box(self):
+        """Latent voxels of a token, (frames, height, width)."""
+        return self.patch_size
 
     def forward(self, x, t, context, control=None, transformer_options=None, **kwargs):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
@@ -298,11 +303,11 @@ class _Network(nn.Module):
         flat = x.dim() == 4
         x = x[:, :, None] if flat else x
         batch, channels, *sizes = x.shape
-        grid = [size // edge for size, edge in zip(sizes, self.patch_size, strict=True)]
-        split = [part for pair in zip(grid, self.patch_size, strict=True) for part in pair]
+        grid = [size // edge for size, edge in zip(sizes, self.box, strict=True)]
+        split = [part for pair in zip(grid, self.box, strict=True) for part in pair]
         boxes = x.reshape(batch, channels, *split).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, grid[0] * grid[1] * grid[2], -1)
         tokens = self.run(self.embed(boxes) + self.time(t[:, None, None]), self.text(context), grid, options, **kwargs)
-        boxes = self.unembed(tokens).reshape(batch, *grid, channels, *self.patch_size)
+        boxes = self.unembed(tokens).reshape(batch, *grid, channels, *self.box)
         out = boxes.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape)
         return out[:, :, 0] if flat else out
 
@@ -386,13 +391,31 @@ class LTXVModel(_Network):
 
 
 class CogVideoXTransformer3DModel(_Network):
-    """A video model that the pack does not know."""
+    """[B, S, H*D], text first, no layer number and no grid; its patch size is two numbers."""
+
+    patch_size, patch_size_t = 2, None
+
+    @property
+    def box(self):
+        return self.patch_size_t or 1, self.patch_size, self.patch_size
+
+    @property
+    def blocks(self):
+        return range(self.layers)
 
     def run(self, tokens, text, grid, options, **kwargs):
         joint = torch.cat([text, tokens], 1)
         for layer in range(self.layers):
             joint = joint + optimized_attention(*self.split_qkv(layer, joint), heads=_HEADS, transformer_options=options)
         return joint[:, text.shape[1] :]
+
+
+class PackedVideo(CogVideoXTransformer3DModel):
+    """A video model that the pack does not know, with text in the sequence."""
+
+
+class UnlistedVideo(LTXVModel):
+    """A video model that the pack does not know, with the video alone in the sequence."""
 
 
 class UNetModel(CogVideoXTransformer3DModel):
@@ -528,7 +551,8 @@ class _Family(NamedTuple):
 
 _FAMILIES = {
     "wan": _Family(WanModel, 16, 4096), "hunyuan": _Family(HunyuanVideo, 16, 128), "ltxv": _Family(LTXVModel, 128, 128),
-    "cogvideox": _Family(CogVideoXTransformer3DModel, 16, 128), "image": _Family(UNetModel, 4, 128),
+    "cogvideox": _Family(CogVideoXTransformer3DModel, 16, 128),
+    "packed": _Family(PackedVideo, 16, 128), "unlisted": _Family(UnlistedVideo, 128, 128), "image": _Family(UNetModel, 4, 128),
 }
 
 

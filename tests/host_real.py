@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 NAME = "real"
-UNKNOWN = ("cogvideox",)
+UNKNOWN = ("packed",)
+# Models under names that nobody listed: the file, and the class that its network gets.
+_UNLISTED = {"packed": ("cogvideox", "PackedVideo"), "unlisted": ("ltxv", "UnlistedVideo")}
 _models = Path()
 
 
@@ -47,7 +49,12 @@ def executing(node_id):
 def _loaded(family):
     import comfy.sd
 
-    return comfy.sd.load_diffusion_model(str(_models / f"{family}.safetensors"))
+    file, kind = _UNLISTED.get(family, (family, None))
+    model = comfy.sd.load_diffusion_model(str(_models / f"{file}.safetensors"))
+    if kind:
+        network = model.get_model_object("diffusion_model")
+        network.__class__ = type(kind, (type(network),), {})
+    return model
 
 
 def load(family):

@@ -29,7 +29,7 @@ from ... import kernels
 from ...kernels import BlockMask, SparsePlan, TokenOrder
 from ..budget import BLOCK_K, BLOCK_Q, limit_note, pairs_allowed, pairs_of_sinks
 from ..call import AttentionCall, Dense
-from ..config import MethodConfig
+from ..config import Automatic, MethodConfig
 from ..layout import VideoLayout, in_sections, tile_major
 from ..record import Figures
 from ..schedule import Schedule
@@ -61,6 +61,7 @@ class AdaSpaConfig(MethodConfig):
 
 
 CONFIG = AdaSpaConfig
+AUTOMATIC = Automatic(AdaSpaConfig.sparsity, dense_layers=AdaSpaConfig.dense_layers)
 
 
 def first_step(schedule: Schedule) -> int:

@@ -26,7 +26,7 @@ from ... import kernels
 from ...kernels import BlockMask, SparsePlan, TokenOrder
 from ..budget import BLOCK_K, BLOCK_Q, limit_notes, pairs_allowed, pairs_of_sinks
 from ..call import AttentionCall, Dense
-from ..config import MethodConfig
+from ..config import Automatic, MethodConfig
 from ..layout import VideoLayout, in_sections
 from ..record import Figures
 from ..schedule import Schedule
@@ -51,6 +51,7 @@ class SvgConfig(MethodConfig):
 
 
 CONFIG = SvgConfig
+AUTOMATIC = Automatic(SvgConfig.sparsity, dense_layers=SvgConfig.dense_layers)
 
 
 def first_step(schedule: Schedule) -> int:

@@ -72,7 +72,7 @@ def test_a_whole_number_written_as_a_float_counts_as_one_or_is_refused(knob):
 
 
 def test_the_message_says_what_is_wrong_and_what_is_right():
-    with pytest.raises(ValueError, match=r"^sparsity: nan is not a number from 0 to 0\.95$"):
+    with pytest.raises(ValueError, match=r"^sparsity: nan is not a number from 0 to 0\.95, or -1 for automatic$"):
         svg.CONFIG(sparsity=math.nan)
     with pytest.raises(ValueError, match=r"^end_steps: -3 is not a whole number from 0 up$"):
         svg.CONFIG(end_steps=-3)

@@ -91,8 +91,8 @@ def test_heads_are_means_over_batch_and_calls():
     record.sparse(call(1, 4), figures([[0.2, 0.4], [0.4, 0.4]], temporal=[[True, False], [True, True]]))
     record.sparse(call(2, 4), figures([[0.3, 0.2], [0.3, 0.2]], temporal=[[False, False], [False, False]]))
     record.flush()
-    assert record.by_layer_and_head("temporal") == {4: [0.5, 0.25]}
-    assert record.by_layer_and_head("sparsity") == {4: [0.7, 0.7]} and record.by_layer_and_head("recall") == {}
+    assert record.by_layer_and_head("temporal") == {"4": [0.5, 0.25]}
+    assert record.by_layer_and_head("sparsity") == {"4": [0.7, 0.7]} and record.by_layer_and_head("recall") == {}
 
 
 def test_a_part_of_the_heads_keeps_the_newest():
@@ -101,7 +101,7 @@ def test_a_part_of_the_heads_keeps_the_newest():
     record.sparse(call(1, 0), figures([[0.2, 0.4, 0.6, 0.8]]))
     record.sparse(call(2, 0), figures([[0.5, 0.25]]))
     record.flush()
-    assert record.by_layer_and_head("sparsity") == {0: [0.5, 0.75]}
+    assert record.by_layer_and_head("sparsity") == {"0": [0.5, 0.75]}
     assert record.achieved_sparsity == pytest.approx((0.5 + 0.625) / 2)
 
 

@@ -17,8 +17,9 @@ PATCH_NODE, SAMPLER_NODE, REPORT_NODE = "5", "6", "8"
 
 _FRAMES, _TEXT = 9, 32
 # Family -> channels, height and width of its latents: 64 tokens a frame each.
-_LATENT = {"wan": (16, 16, 16), "hunyuan": (16, 16, 16), "ltxv": (128, 8, 8), "cogvideox": (16, 16, 16), "image": (4, 16, 16)}
-_TEXT_WIDTH = {"wan": 4096, "hunyuan": 128, "ltxv": 128, "cogvideox": 128, "image": 128}
+_LATENT = {"ltxv": (128, 8, 8), "unlisted": (128, 8, 8), "image": (4, 16, 16)}
+_OTHER_LATENT = (16, 16, 16)
+_TEXT_WIDTH = {"wan": 4096}
 
 
 class Host:
@@ -28,7 +29,8 @@ class Host:
         self.name, self.unknown, self.interrupt = parts.NAME, parts.UNKNOWN, parts.Interrupt
         self.load, self.sigmas, self.executing, self._parts = parts.load, parts.sigmas, parts.executing, parts
         self.shown = []
-        self.layers, self.tokens = {"wan": 2, "hunyuan": 3, "ltxv": 2}, {"wan": 576, "hunyuan": 576 + _TEXT, "ltxv": 576}
+        self.layers = {"wan": 2, "hunyuan": 3, "ltxv": 2, "cogvideox": 2, "unlisted": 2}
+        self.tokens = {"wan": 576, "hunyuan": 576 + _TEXT, "ltxv": 576, "cogvideox": 576 + _TEXT, "unlisted": 576}
 
     def module(self, name):
         """A module of the pack's nodes, such as "patch"."""
@@ -69,16 +71,16 @@ class Host:
     def _text(self, family, seed, padded):
         generator = torch.Generator().manual_seed(seed)
         extra = {"pooled_output": torch.randn(1, 768, generator=generator)} if family == "hunyuan" and self.name == "real" else {}
-        if padded or family == "ltxv":
+        if padded or family in ("ltxv", "unlisted"):
             extra["attention_mask"] = (torch.arange(_TEXT)[None] < (_TEXT // 2 if padded else _TEXT)).long()
-        return [[torch.randn(1, _TEXT, _TEXT_WIDTH[family], generator=generator), extra]]
+        return [[torch.randn(1, _TEXT, _TEXT_WIDTH.get(family, 128), generator=generator), extra]]
 
     def sample(
         self, model, family, steps=4, cfg=1.0, sampler="euler", sigmas=None, batch=1, seed=0, padded=False, callback=None, frames=_FRAMES,
         node=SAMPLER_NODE, guider=None,
     ):
         """One run, as a sampler node does it."""
-        channels, *size = _LATENT[family]
+        channels, *size = _LATENT.get(family, _OTHER_LATENT)
         shape = (batch, channels, *size) if family == "image" else (batch, channels, frames, *size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         guider = guider or self.guider(model, family, cfg, padded)
@@ -130,6 +132,7 @@ class _Attend:
         return {**self._options, "block_index": layer, "block_type": "double", "grid_sizes": torch.Size(self._grid)}
 
     def __call__(self, *args, layer=0, **kwargs):
+        self._options[KEY].evaluation.numbers.clear()  # each as its block's first call
         return self._attention(*args, **kwargs, transformer_options=self.options(layer))
 
     def unpatched(self, *args, **kwargs):

@@ -10,7 +10,7 @@ from oracle import relative_error
 from torch.nn import functional as F
 
 METHODS = ("svg", "adaspa")
-FAMILIES = ("wan", "hunyuan", "ltxv")
+FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 HEADS, DIM = 2, 64
 FLOOR = torch.finfo(torch.float32).min
 
@@ -184,7 +184,7 @@ def test_cross_attention_and_refiners_are_untouched_and_uncounted(host, family, 
     patched = host.patch(method, host.override(host.load(family), watch), sparsity=0.4)
     host.sample(patched, family)
     record = host.record(patched)
-    assert len(others) == 4 * 2, "four steps of two layers' cross-attention, or of a refiner of two"
+    assert len(others) == (0 if family == "cogvideox" else 4 * 2), "four steps of two layers' cross-attention, or of a refiner of two"
     assert record.sparse_calls + record.dense_calls == 4 * host.layers[family]
     assert len(record.by_layer_and_step()) == host.layers[family]
 
@@ -231,7 +231,7 @@ def test_one_latent_frame_is_dense(host):
 def test_a_known_model_with_an_image_latent_has_no_layout(host, method):
     models = host.module("video_models")
     network = SimpleNamespace(patch_size=(1, 2, 2))
-    answer = models.VIDEO_MODELS["WanModel"].layout(models.Evaluation(network, torch.zeros(1, 16, 8, 8), None, {}), {})
+    answer = models.ROWS[0].layout_of(models.Evaluation(network, (1, 16, 8, 8), {}), models.Call(16, 16, 64, {}))
     assert answer.reason == "the latent has 4 dimensions (1, 16, 8, 8), not the 5 of a video"
 
 
@@ -239,7 +239,7 @@ def test_a_known_model_with_an_image_latent_has_no_layout(host, method):
 
 
 @every_method
-@pytest.mark.parametrize("family", ["cogvideox", "image"])
+@pytest.mark.parametrize("family", ["packed", "image"])
 def test_an_unknown_model_runs_dense_and_says_so(host, family, method):
     if family not in host.unknown:
         pytest.skip(f"no tiny {family} model on the {host.name} host")
@@ -249,33 +249,36 @@ def test_an_unknown_model_runs_dense_and_says_so(host, family, method):
     record = host.record(patched)
     kind = type(model.get_model_object("diffusion_model")).__name__
     (reason,) = record.reasons
-    assert reason == f"{kind} is not one of the video models that are covered: Wan 2.1 / 2.2, HunyuanVideo, LTX-Video"
+    assert reason.startswith(f"{kind} is not one of the video models that are covered: Wan 2.1 / 2.2, Wan VACE, ")
+    assert reason.endswith("; its calls of 608 tokens do not fit a latent of 9 x 16 x 16") == (family == "packed")
     assert (record.model, record.sparse_calls, record.dense_calls) == (kind, 0, 8)
     assert host.shown[-1].text.startswith(f"⚠ {record.method}: nothing ran sparse. Reason: {kind} is not one of the video models")
 
 
+@every_method
+def test_a_model_that_nobody_listed_is_tried_where_its_calls_are_its_video(host, method):
+    patched = host.patch(method, host.load("unlisted"), sparsity=0.5)
+    host.sample(patched, "unlisted")
+    record = host.record(patched)
+    assert (record.model, record.sparse_calls, record.layout.seq_len) == ("UnlistedVideo", 6, 576)
+    assert record.notes[0] == "layout inferred: UnlistedVideo is not one of the models that were tried, but its calls are as long as its video"
+    assert record.notes[0] in host.shown[-1].text
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "in torch.compile's wrapper"])
-def test_a_variant_of_a_covered_model_is_called_one(host, compiled):
+def test_a_variant_has_a_row_of_its_own(host, compiled):
     """As ComfyUI's VaceWanModel, which is a subclass of WanModel."""
-    class WanModel:
-        pass
-
-    class VaceWanModel(WanModel):
-        pass
-
-    network = SimpleNamespace(_orig_mod=VaceWanModel()) if compiled else VaceWanModel()
-    answer = host.module("video_models").find(network)
-    assert answer.reason == (
-        "VaceWanModel is a variant of Wan 2.1 / 2.2 that is not covered yet; covered in their plain form: Wan 2.1 / 2.2, HunyuanVideo, LTX-Video"
-    )
-    assert not answer.planned
+    kinds = {name: type(name, (), {})() for name in ("WanModel", "VaceWanModel", "OtherWanModel")}
+    find = host.module("video_models").find
+    names = {kind: find(SimpleNamespace(_orig_mod=network) if compiled else network).name for kind, network in kinds.items()}
+    assert names == {"WanModel": "Wan 2.1 / 2.2", "VaceWanModel": "Wan VACE", "OtherWanModel": "OtherWanModel"}
 
 
 @every_method
 def test_strict_raises_for_an_unknown_model(host, method):
-    patched = host.patch(method, host.load("cogvideox"), strict=True)
-    with pytest.raises(RuntimeError, match="strict: a call would run dense: CogVideoXTransformer3DModel is not one of the video models"):
-        host.sample(patched, "cogvideox")
+    patched = host.patch(method, host.load("packed"), strict=True)
+    with pytest.raises(RuntimeError, match="strict: a call would run dense: PackedVideo is not one of the video models"):
+        host.sample(patched, "packed")
     assert host.record(patched).outcome == "failed (RuntimeError)"
 
 

@@ -99,7 +99,7 @@ def test_the_report_of_other_families(host, family, method):
     assert len(data["sparsity_by_layer_and_step"]) == host.layers[family]
 
 
-@pytest.mark.parametrize("family, settings", [("cogvideox", {}), ("wan", {"warmup_steps": 4})], ids=["unknown model", "all warm-up"])
+@pytest.mark.parametrize("family, settings", [("packed", {}), ("wan", {"warmup_steps": 4})], ids=["unknown model", "all warm-up"])
 def test_the_report_of_a_run_without_a_sparse_call(host, family, settings):
     patched = host.patch("svg", host.load(family), **settings)
     host.sample(patched, family)

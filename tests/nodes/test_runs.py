@@ -11,7 +11,7 @@ import torch
 from oracle import relative_error
 
 METHODS = ("svg", "adaspa")
-FAMILIES = ("wan", "hunyuan", "ltxv")
+FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -16,13 +16,15 @@ PRECISIONS = ["auto", "int8", "fp8"]
 # What is asked of every saved workflow: (id, kind, default, least, most, advanced), in the order of the widgets.
 INPUTS = {
     SVG: [
-        ("sparsity", "FLOAT", 0.7, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
+        ("sparsity", "FLOAT", 0.7, -1.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False),
+        ("cache_refresh", "INT", -1, -1, 10_000, False),
         ("dense_layers", "STRING", "0", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
         ("sampled_rows", "INT", 64, 1, 4096, True), ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
         ("precision", "COMBO", "auto", None, None, True),
     ],
     ADASPA: [
-        ("sparsity", "FLOAT", 0.8, 0.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False), ("cache_refresh", "INT", -1, -1, 10_000, False),
+        ("sparsity", "FLOAT", 0.8, -1.0, 0.95, False), ("warmup_steps", "INT", -1, -1, 10_000, False),
+        ("cache_refresh", "INT", -1, -1, 10_000, False),
         ("dense_layers", "STRING", "", None, None, True), ("end_steps", "INT", 0, 0, 10_000, True), ("min_tokens", "INT", -1, -1, 10_000_000, True),
         ("head_adaptive", "BOOLEAN", True, None, None, True), ("token_order", "COMBO", "tile", None, None, True),
         ("backend", "COMBO", "auto", None, None, True), ("strict", "BOOLEAN", False, None, None, True),
