@@ -237,9 +237,11 @@ def _layer_of(forward: _Forward, call: Call) -> Layer | Dense:
         return _stay_dense(forward, None, Dense(session.disabled)) if call.seq_q == call.seq_k else _NOT_OURS
     if not model.concerns(evaluation, call):
         return _NOT_OURS
-    if call.seq_q != call.seq_k:
-        part = forward.layout is not None and call.seq_q < call.seq_k == forward.layout.seq_len
-        return _stay_dense(forward, None, _A_PART) if part else _NOT_OURS
+    if call.seq_q > call.seq_k:
+        return _NOT_OURS
+    if call.seq_q < call.seq_k:
+        whole = forward.layout_for(call._replace(seq_q=call.seq_k))
+        return _stay_dense(forward, None, _A_PART) if isinstance(whole, VideoLayout) and whole.seq_len == call.seq_k else _NOT_OURS
     layout = forward.layout_for(call)
     if isinstance(layout, Dense):
         return _stay_dense(forward, None, layout)

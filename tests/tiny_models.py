@@ -57,20 +57,27 @@ def write(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _save(network: torch.nn.Module, path: Path, config: dict | None = None) -> None:
-    """Fills the network with seeded noise of the right size and writes it."""
-    import safetensors.torch
-
+def fill(network: torch.nn.Module) -> None:
+    """Fills a network with seeded noise of the right size."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if name.endswith("inv_freq"):
             tensor.copy_(10000.0 ** -(torch.arange(tensor.numel()) / tensor.numel()))
+        elif not tensor.is_floating_point():
+            continue
         elif tensor.ndim <= 1 and "norm" in name and not name.endswith("bias"):
             tensor.fill_(1.0)
         elif tensor.ndim <= 1:
             tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
         else:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor[0].numel()))
+
+
+def _save(network: torch.nn.Module, path: Path, config: dict | None = None) -> None:
+    """Fills the network and writes it."""
+    import safetensors.torch
+
+    fill(network)
     weights = {name: (tensor.half() if tensor.ndim > 1 else tensor.float()).contiguous() for name, tensor in network.state_dict().items()}
     metadata = {"config": json.dumps({"transformer": config})} if config else None
     safetensors.torch.save_file(weights, path.with_suffix(".safetensors"), metadata=metadata)
