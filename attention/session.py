@@ -58,6 +58,7 @@ class Session:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
+        self.config = self.config.resolved(self.method.AUTOMATIC)  # what its caller has not resolved for a model
         self.dense_layers = parse_layers(self.config.dense_layers)
         self.backend = self.config.backend
         self.precision = self.config.precision

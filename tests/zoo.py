@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,8 @@ class Case:
     voxels of a token. text: width of a text token. extra: more conditioning, from a latent's size and a generator. layout: what
     is expected, from the grid of tokens and the latent's size. audio: the shape of a second latent, without its batch.
     stacks: layers beyond `layers` that count alike. batches, cfgs: how many videos at a time, and which guidance,
-    the host itself can run. unused: parts of the network that are left out, as they would only take memory.
+    the host itself can run. unused: parts of the network that are left out, as they would only take memory. needs: a word in
+    the host's source of the model's conditioning, where older hosts do not know it.
     """
 
     name: str
@@ -47,7 +49,8 @@ class Case:
     audio: tuple[int, ...] | None = None
     batches: tuple[int, ...] = (1, 2)
     cfgs: tuple[float, ...] = (1.0, 4.0)
-    unused: tuple[str, ...] = field(default=())
+    unused: tuple[str, ...] = ()
+    needs: str = ""
 
     def grid(self, size: Size) -> Size:
         return tuple(-(-edge // step) for edge, step in zip(size, self.patch, strict=True))
@@ -115,6 +118,10 @@ def _animate(grid: Size, size: Size) -> VideoLayout:
     return VideoLayout(grid[0] - 1, *grid[1:], prefix=grid[1] * grid[2])
 
 
+def _reference_after(grid: Size, size: Size) -> VideoLayout:
+    return VideoLayout(*grid, suffix=grid[1] * grid[2])
+
+
 def _subjects(grid: Size, size: Size) -> VideoLayout:
     return VideoLayout(*grid, suffix=2 * grid[1] * grid[2])
 
@@ -137,7 +144,7 @@ def _pose_tokens(size: Size) -> int:
 
 
 def _scail(grid: Size, size: Size) -> VideoLayout:
-    return VideoLayout(*grid, prefix=2 * grid[1] * grid[2], suffix=_pose_tokens(size))
+    return VideoLayout(*grid, prefix=grid[1] * grid[2], suffix=_pose_tokens(size))
 
 
 _WAN_CASES = (
@@ -149,7 +156,7 @@ _WAN_CASES = (
         extra=_together(_like(32, "concat_latent_image"), _like(16, "reference_latents", 1, as_list=True)), layout=_before(_tokens), sizes=_EVEN,
     ),
     _wan("Phantom", sizes=_LONG, extra=_like(16, "time_dim_concat", 2), layout=_subjects),
-    _wan("Bernini", extra=_like(16, "context_latents", 1, as_list=True), layout=lambda grid, size: VideoLayout(*grid, suffix=grid[1] * grid[2])),
+    _wan("Bernini", needs="context_latents", extra=_like(16, "context_latents", 1, as_list=True), layout=_reference_after),
     _wan(
         "Wan VACE", "Wan VACE", "WAN21_Vace", "vace", unet={"vace_layers": 1, "vace_in_dim": 96}, extra=_vace, stacks=2, sizes=_EVEN,
     ),
@@ -171,13 +178,13 @@ _WAN_CASES = (
     ),
     _wan(
         "SCAIL", "SCAIL", "WAN21_SCAIL", "scail", in_dim=20,
-        extra=_together(_scail_pose, lambda size, generator: {"reference_latents": [_random(generator, 1, 16, 1, *size[1:]) for _ in range(2)]}),
+        extra=_together(_scail_pose, _like(16, "reference_latents", 1, as_list=True)),
         layout=_scail, sizes=((33, 16, 16), (13, 12, 20), (13, 15, 17)),
     ),
     _wan(
         "WanDancer", config="WAN22_WanDancer", kind="wandancer", in_dim=36, unet={"audio_inject_layers": [0]},
         extra=_together(
-            _like(16, "concat_latent_image"), lambda size, generator: {"audio_embed": _random(generator, 1, 8 * size[0], 35), "fps": 30.0},
+            _like(16, "concat_latent_image"), lambda size, generator: {"audio_embed": _random(generator, 1, 8 * size[0], 35)},
         ),
         sizes=((9, 16, 16), (7, 16, 20), (7, 15, 18)),
     ),
@@ -350,7 +357,11 @@ def forget() -> None:
 
 def why_missing(case: Case) -> str | None:
     """Why this host cannot have the model; None where it can."""
-    return None if hasattr(importlib.import_module("comfy.supported_models"), case.config) else f"this ComfyUI has no {case.config}"
+    if not hasattr(importlib.import_module("comfy.supported_models"), case.config):
+        return f"this ComfyUI has no {case.config}"
+    if case.needs and case.needs not in inspect.getsource(importlib.import_module("comfy.model_base")):
+        return f"this ComfyUI's {case.config} takes no {case.needs}"
+    return None
 
 
 def load(case: Case):

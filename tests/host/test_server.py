@@ -12,9 +12,9 @@ from oracle import relative_error
 pytestmark = pytest.mark.host
 
 SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
-FAMILIES = ("wan", "hunyuan", "ltxv")
-LAYERS = {"wan": 2, "wan_head64": 2, "wan_i2v": 2, "hunyuan": 3, "ltxv": 2}
-TOKENS = {"wan": 1152, "wan_head64": 1152, "wan_i2v": 1152, "hunyuan": 1152 + 32, "ltxv": 1152}
+FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox")
+LAYERS = {"wan": 2, "wan_head64": 2, "wan_i2v": 2, "hunyuan": 3, "ltxv": 2, "cogvideox": 2}
+TOKENS = {"wan": 1152, "wan_head64": 1152, "wan_i2v": 1152, "hunyuan": 1152 + 32, "ltxv": 1152, "cogvideox": 1152 + 32}
 BLOCK_K = 64
 # The videos are short, and every layer is to take part.
 ALL = {"min_tokens": 0, "dense_layers": ""}
@@ -129,13 +129,9 @@ def test_bfloat16(graphs, patch):
 
 
 @every_method
-def test_an_unknown_model_runs_dense_and_says_so(graphs, patch):
-    latent, data, image = graphs.run(graphs.graph("cogvideox", patch, {"sparsity": 0.5, **ALL}))
-    assert torch.equal(latent, graphs.dense("cogvideox"))
-    (reason,) = data["reasons"]
-    assert reason.startswith("CogVideoXTransformer3DModel is not one of the video models that are covered: Wan")
-    assert data["sparse_calls"] == 0 and data["dense_calls"] == 6 and data["run_sparsity"] == 0
-    assert_picture(image)
+def test_automatic_settings_are_the_models_own(graphs, patch):
+    _, data, _ = graphs.run(graphs.graph("wan", patch, {"min_tokens": 0, "sparsity": -1, "dense_layers": "auto"}))
+    assert data["asked_sparsity"] == (0.6 if patch == SVG else 0.7) and "Wan 1.3B" in data["automatic_settings"]
 
 
 @every_method
