@@ -21,7 +21,7 @@ from ..attention.config import Automatic, MethodConfig
 from ..attention.dispatch import sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
 from ..attention.record import RunRecord
-from ..attention.schedule import make_schedule
+from ..attention.schedule import WARMUP_PERCENT, make_schedule
 from ..attention.session import Session
 from . import host, video_models
 from .model_row import Call, Evaluation, Layer, VideoModel
@@ -105,7 +105,9 @@ class _Run:
             config.warmup_steps, config.end_steps, self.method.LEAST_WARMUP, automatic.warmup,
         )
         record = RunRecord(self.method.NAME, config, schedule.steps, layers, seed or 0, schedule.warmup)
-        record.model, record.automatic, record.node = row.name, source, host.executing_node()
+        record.model, record.node = row.name, host.executing_node()
+        if config != self.config or (config.warmup_steps < 0 and automatic.warmup != WARMUP_PERCENT):
+            record.automatic = source  # the table had a say
         if self.note:
             record.note(self.note)
         return Session(self.method, config, schedule, seed or 0, record, layers)

@@ -57,11 +57,8 @@ def _layers_and_steps(figure, axes, data: dict) -> None:
     image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
     for step in data["search_steps"]:
         axes.axvline(step, color="white", linestyle=":", linewidth=1)
-    axes.locator_params(integer=True)
-    names = data["layer_names"]
-    if names != [str(number) for number in range(len(names))]:  # several stacks: each row by its name, as many as fit
-        rows = range(0, len(names), -(-len(names) // 24))
-        axes.set_yticks(list(rows), [names[row] for row in rows], fontsize=7)
+    axes.locator_params(axis="x", integer=True)
+    _name_layers(axes, data["layer_names"])
     figure.colorbar(image, ax=axes, label="0 = dense")
 
 
@@ -70,24 +67,28 @@ def _findings(figure, axes, data: dict) -> None:
         table = _table(list(types.values()))
         image = axes.imshow(table.numpy(), vmin=0, vmax=1, aspect="auto", cmap="coolwarm", interpolation="nearest")
         axes.set(title="Kinds of heads", xlabel="head")
-        names = list(types)
-        every = 1 + len(names) // 16
-        axes.set_yticks(range(0, len(names), every), names[::every])
+        _name_layers(axes, list(types))
         axes.locator_params(axis="x", integer=True)
         bar = figure.colorbar(image, ax=axes)
         bar.set_ticks([0, 0.5, 1], labels=["spatial", "both", "temporal"])
     elif recall := data.get("recall_by_layer_and_head"):
         heads = [_numbers(values) for values in recall.values()]
-        layers = [int(layer) for layer in recall]
+        layers = range(len(recall))
         axes.fill_betweenx(layers, [float(h.min()) for h in heads], [float(h.max()) for h in heads], alpha=0.3, label="all heads")
         axes.plot([float(h.mean()) for h in heads], layers, marker="o", label="mean")
         axes.set(title="Recall", xlabel="kept share of softmax", xlim=(0, 1.02))
         axes.invert_yaxis()
-        axes.locator_params(axis="y", integer=True)
+        _name_layers(axes, list(recall))
         axes.legend(loc="best")
     else:
         axes.axis("off")
         axes.text(0.5, 0.5, "nothing ran sparse", ha="center", va="center")
+
+
+def _name_layers(axes, names: list[str]) -> None:
+    """Names the rows from 0 on the vertical axis, as many as fit."""
+    every = 1 + len(names) // 16
+    axes.set_yticks(range(0, len(names), every), names[::every])
 
 
 def _numbers(values: list[float | None]) -> Tensor:

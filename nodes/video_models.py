@@ -59,6 +59,13 @@ def _wan_animate(evaluation: Evaluation, grid: Grid) -> VideoLayout:
     return replace(layout, frames=layout.frames - 1, prefix=layout.prefix + layout.tokens_per_frame)
 
 
+def _wan_animate2(evaluation: Evaluation, grid: Grid) -> VideoLayout | Dense:
+    """As Animate where no pose is given; with one, each latent frame attends in a call of its own, to keys of the pose too."""
+    if evaluation.inputs.get("pose_latents") is not None:
+        return Dense("with a pose, Wan-Animate2 attends one latent frame at a time")
+    return _wan_animate(evaluation, grid)
+
+
 def _wan_speech(evaluation: Evaluation, grid: Grid) -> VideoLayout:
     """S2V and HuMo: after the video come reference pictures, and in S2V the frames before it, packed ever coarser (FramePack)."""
     patch = _patch_size(evaluation.network)
@@ -168,12 +175,12 @@ def _settings(svg: float, warmup: float = 0.2, adaspa: float = 0.8) -> Callable[
     return lambda network: {"SVG": Automatic(svg, warmup, "0"), "AdaSpa": Automatic(adaspa, warmup, "")}
 
 
-# Wan 1.3B is 1,536 wide, 5B 3,072 and 14B 5,120. Everything up to here counts as small.
-_SMALL_WIDTH = 2048
+# Wan 1.3B is 1,536 wide, 5B 3,072 and 14B 5,120. Narrower ones are nobody's video models, but test pieces.
+_SMALL_WIDTHS = range(1024, 2049)
 
 
 def _wan_is_small(network: Any) -> bool:
-    return getattr(network, "dim", _SMALL_WIDTH + 1) <= _SMALL_WIDTH
+    return getattr(network, "dim", None) in _SMALL_WIDTHS
 
 
 def _wan_automatic(network: Any) -> Mapping[str, Automatic]:
@@ -208,6 +215,7 @@ ROWS: tuple[VideoModel, ...] = (
     replace(_WAN, name="Wan 2.2 S2V", classes=("WanModel_S2V",), layout=_wan_speech),
     replace(_WAN, name="HuMo", classes=("HumoWanModel",), layout=_wan_speech),
     replace(_WAN, name="Wan 2.2 Animate", classes=("AnimateWanModel",), layout=_wan_animate),
+    replace(_WAN, name="Wan-Animate2", classes=("WanAnimate2Model",), layout=_wan_animate2),
     replace(_WAN, name="SCAIL", classes=("SCAILWanModel", "SCAIL2WanModel"), layout=_scail),
     VideoModel(
         "HunyuanVideo", ("HunyuanVideo",), _patch_size, lambda network: len(network.double_blocks) + len(network.single_blocks), _hunyuan,

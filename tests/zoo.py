@@ -177,6 +177,10 @@ _WAN_CASES = (
         ), layout=_animate, unused=("motion_encoder",), sizes=_EVEN,
     ),
     _wan(
+        "Wan-Animate2 without a pose", "Wan-Animate2", "WAN_Animate2", "animate2", in_dim=36, extra=_like(16, "concat_latent_image"), layout=_animate,
+        sizes=_EVEN,
+    ),
+    _wan(
         "SCAIL", "SCAIL", "WAN21_SCAIL", "scail", in_dim=20,
         extra=_together(_scail_pose, _like(16, "reference_latents", 1, as_list=True)),
         layout=_scail, sizes=((33, 16, 16), (13, 12, 20), (13, 15, 17)),

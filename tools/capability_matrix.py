@@ -85,8 +85,9 @@ def markdown(models: ModuleType, zoo: ModuleType, found: list[dict], host: str) 
                 sources[source].append(row.name)
     about = (
         f"Made from tiny random models of ComfyUI {host}'s own classes, sampled in float32 on a CPU: three sizes, one and two videos, guidance on "
-        "and off, as far as the model takes them. sparse: at sparsity 0.5 that much was skipped, within a block, in every self-attention call of "
-        "the video after the dense first step, and no other call was touched. error: the largest relative difference from the unpatched model."
+        "and off, as far as the model takes them. sparse: at sparsity 0.5 that much was skipped, within a block, or as much as what is always "
+        "kept allows, in every self-attention call of the video after the dense first step, and no other call was touched. error: the largest "
+        "relative difference from the unpatched model."
     )
     words = [f"- {source} ({', '.join(names)})" for source, names in sources.items()]
     return "\n".join([*lines, "", about, "", "Where the automatic settings come from:", "", *words])

@@ -131,13 +131,14 @@ def test_bfloat16(graphs, patch):
 @every_method
 def test_automatic_settings_are_the_models_own(graphs, patch):
     _, data, _ = graphs.run(graphs.graph("wan", patch, {"min_tokens": 0, "sparsity": -1, "dense_layers": "auto"}))
-    assert data["asked_sparsity"] == (0.6 if patch == SVG else 0.7) and "Wan 1.3B" in data["automatic_settings"]
+    assert data["asked_sparsity"] == (0.7 if patch == SVG else 0.8) and data["reasons"].get("dense layer", 0) == (2 if patch == SVG else 0)
+    assert data["automatic_settings"].startswith("SVG's scripts for Wan 2.1 14B")
 
 
 @every_method
 def test_strict_makes_an_error_of_it_at_the_sampler(graphs, patch):
-    with pytest.raises(RuntimeError, match=r"^node 6 \(KSampler\): RuntimeError: .*CogVideoXTransformer3DModel is not one of the video models"):
-        graphs.run(graphs.graph("cogvideox", patch, {"strict": True, **ALL}))
+    with pytest.raises(RuntimeError, match=r"^node 6 \(KSampler\): RuntimeError: .*strict: a call would run dense: .*Triton"):
+        graphs.run(graphs.graph("cogvideox", patch, {"strict": True, "backend": "triton", **ALL}))
 
 
 @every_method
@@ -158,8 +159,9 @@ def test_a_workflow_of_before_any_input_existed(graphs, patch):
         (ADASPA, {"dense_layers": "4-2"}, 'dense_layers: "4-2" runs backwards'),
         (SVG, {"sparsity": math.nan}, "sparsity: nan is not a number from 0 to 0.95"),
         (ADASPA, {"sparsity": math.nan}, "sparsity: nan is not a number from 0 to 0.95"),
+        (ADASPA, {"sparsity": -0.1}, "sparsity: -0.1 is not a number from 0 to 0.95, or -1 for automatic"),
     ],
-    ids=["a word in dense_layers", "backwards dense_layers", "nan in svg", "nan in adaspa"],
+    ids=["a word in dense_layers", "backwards dense_layers", "nan in svg", "nan in adaspa", "negative"],
 )
 def test_what_the_host_lets_through_fails_at_the_node(graphs, patch, inputs, words):
     with pytest.raises(RuntimeError, match=re.escape(f"node 5 ({patch}): ValueError: {words}")):
@@ -169,7 +171,7 @@ def test_what_the_host_lets_through_fails_at_the_node(graphs, patch, inputs, wor
 @pytest.mark.parametrize(
     "patch, inputs",
     [
-        (SVG, {"sparsity": 0.96}), (ADASPA, {"sparsity": -0.1}), (SVG, {"warmup_steps": -2}), (SVG, {"sampled_rows": 0}),
+        (SVG, {"sparsity": 0.96}), (ADASPA, {"sparsity": -1.5}), (SVG, {"warmup_steps": -2}), (SVG, {"sampled_rows": 0}),
         (ADASPA, {"token_order": "rows"}), (ADASPA, {"backend": "cuda"}),
     ],
     ids=["too sparse", "negative", "warmup_steps", "sampled_rows", "token_order", "backend"],

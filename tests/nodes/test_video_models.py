@@ -135,6 +135,36 @@ def test_vace_blocks_have_plans_of_their_own(host):
     assert len(recall) == 4 and recall["0"] != recall["0 vace"] != recall["0 vace 2"]
 
 
+def test_the_picture_names_the_stacks(host):
+    """Both plots of a record with two stacks: main blocks and VACE blocks."""
+    module = host.module("report_picture")
+    names = ["0", "1", "0 vace"]
+    record = {
+        "method": "AdaSpa", "model": "Wan VACE", "outcome": "finished", "asked_sparsity": 0.5, "achieved_sparsity": 0.5, "run_sparsity": 0.25,
+        "sparse_calls": 3, "dense_calls": 3, "reasons": {}, "tokens": 576, "steps": 2, "backend": "torch", "notes": [], "search_steps": [0],
+        "layer_names": names, "sparsity_by_layer_and_step": [[0.0, 0.5]] * 3,
+    }
+    for key in ("recall_by_layer_and_head", "temporal_share_by_layer_and_head"):
+        image = module.draw({**record, key: {name: [0.5, 1.0] for name in names}})
+        assert image.std() > 0.02
+
+
+def test_animate2_with_a_pose_says_why_it_is_dense(host):
+    if host.name != "real":
+        pytest.skip("the double has a few families only")
+    case = _CASES["Wan-Animate2 without a pose"]
+    if reason := zoo.why_missing(case):
+        pytest.skip(reason)
+    posed = zoo.replace(case, extra=zoo._together(
+        case.extra, lambda size, generator: {"pose_video_latent": torch.randn(1, 16, size[0] - 1, *size[1:], generator=generator)},
+    ))
+    model = zoo.load(case)
+    patched = host.patch("svg", model, sparsity=0.5)
+    assert torch.equal(zoo.sample(patched, posed, case.sizes[0]), zoo.sample(model, posed, case.sizes[0]))
+    record = host.record(patched)
+    assert set(record.reasons) == {"with a pose, Wan-Animate2 attends one latent frame at a time"} and record.dense_calls > 0
+
+
 def test_a_video_under_guides_of_uneven_strength_runs_dense_and_says_so(host):
     if host.name != "real":
         pytest.skip("the double has a few families only")
