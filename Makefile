@@ -1,19 +1,24 @@
 # make demo   the main job on a small trained model: dense, SVG and AdaSpa; writes output/demo/
 # make test   the tests
-# make clean  removes what both made
+# make schemas  after a change of a node: what saved workflows rely on of it (tests/snapshots), and its English words (locales/en)
+# make clean  removes what demo and test made
 # The demo's options go into DEMO, as in: make demo DEMO="--clips 1 --host embedded"
 
 PYTHON ?= python3
 OLD = "this needs Python 3.10 or later, and $(PYTHON) is %d.%d; name a newer one, as in: make PYTHON=python3.12 $(MAKECMDGOALS)"
 INSTALLED := .venv/installed
 
-.PHONY: demo test clean
+.PHONY: demo test schemas clean
 
 demo: $(INSTALLED)
 	.venv/bin/python demo/run.py $(DEMO)
 
 test: $(INSTALLED)
 	.venv/bin/python tests/run.py
+
+schemas: $(INSTALLED)
+	.venv/bin/python tools/node_snapshot.py
+	.venv/bin/python tools/locales.py
 
 # Installs once, and again when the requirements change.
 $(INSTALLED): requirements-dev.txt

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import BlockMask, SparsePlan, TokenOrder
 from .call import AttentionCall, Dense
+from .config import MethodConfig
+from .layout import picture_rows
 from .schedule import in_layers
 from .session import Session
 
@@ -15,6 +17,11 @@ from .session import Session
 # "cpu": measured, benchmarks/results/cpu_min_tokens.md. "gpu": not measured yet; low enough to leave no video out.
 MIN_TOKENS = {"cpu": 4096, "gpu": 4096}
 _OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch's own name since 2.5
+
+
+def least_tokens(config: MethodConfig, device: torch.device) -> int:
+    """Sequences shorter than this stay dense."""
+    return config.min_tokens if config.min_tokens >= 0 else MIN_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
 def sparse_attention(call: AttentionCall, session: Session) -> Tensor | Dense:
@@ -38,6 +45,9 @@ def _plan_and_run(call: AttentionCall, session: Session) -> Tensor | Dense:
         return plan
     out = _run(call, plan, session)
     session.record.sparse(call, state.figures)
+    if session.record.wants_picture(call):
+        rows = picture_rows(call.layout).to(call.q.device)
+        session.record.picture(call, kernels.kept_pairs(plan, rows, rows, (*call.q.shape[:3], call.k.shape[2])))
     return out
 
 
@@ -67,7 +77,7 @@ def _gate(call: AttentionCall, session: Session) -> Dense | None:
     if not call.q.shape == call.k.shape == call.v.shape:
         shapes = f"q {tuple(call.q.shape)}, k {tuple(call.k.shape)} and v {tuple(call.v.shape)}"
         return Dense(f"{shapes} differ (grouped heads or another length)")
-    least = config.min_tokens if config.min_tokens >= 0 else MIN_TOKENS["cpu" if call.q.device.type == "cpu" else "gpu"]
+    least = least_tokens(config, call.q.device)
     if call.q.shape[2] < least:
         return Dense(f"{call.q.shape[2]} tokens are fewer than min_tokens ({least})", planned=True)
     if session.backend != "auto":

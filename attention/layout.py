@@ -82,3 +82,13 @@ def in_sections(sections: list[Tensor], block: int) -> Tensor:
     """
     padded = [torch.nn.functional.pad(rows.flatten(), (0, -rows.numel() % block), value=-1) for rows in sections if rows.numel()]
     return torch.cat(padded)
+
+
+# Rows and columns of the picture of a mask: enough to see frames and bands, little enough to keep one of every head.
+PICTURE_ROWS = 128
+
+
+def picture_rows(layout: VideoLayout) -> Tensor:
+    """The tensor rows that a picture of a mask shows, int64 [at most PICTURE_ROWS], evenly spread."""
+    count = min(PICTURE_ROWS, layout.seq_len)
+    return (torch.arange(count) * layout.seq_len) // count

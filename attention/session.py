@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from .call import AttentionCall
+from torch import Tensor
+
+from .call import AttentionCall, Dense
 from .config import MethodConfig
+from .layout import VideoLayout
+from .pattern import MOST_KEPT_BYTES, Keeping, Kept, Pattern, PlanKey, Roles
 from .record import Figures, RunRecord
 from .schedule import Schedule, parse_layers
 
 
 @dataclass
 class Found:
-    """What a method found for one layer and condition, and at which step. `lse` is kept while another search is due."""
+    """What a method found for one layer and condition, and at which step. `lse` is kept while another search is due.
+
+    place: which of a loaded pattern's plans it is, or None.
+    """
 
     step: int
     what: Any
     lse: Any = None
+    place: int | None = None
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Session:
 
     method: a module of `attention.methods`. layers: how many self-attention layers the model has, where known.
     `disabled`: why sparsity is off for the rest of the run, or None. `head_chunk`: heads computed at a time after
-    memory ran out, or None.
+    memory ran out, or None. pattern: plans that it starts from, or None. keeping: finds that are to outlive it, or None.
     """
 
     method: ModuleType
@@ -53,6 +61,10 @@ class Session:
     layers: int | None = None
     disabled: str | None = None
     head_chunk: int | None = None
+    pattern: Pattern | None = field(default=None, init=False)
+    keeping: Keeping | None = None
+    roles: Roles = field(default_factory=Roles)
+    _layout_checked: bool = False
     _states: dict[Hashable, LayerState] = field(default_factory=dict)
     _shared: dict[Hashable, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -81,14 +93,111 @@ class Session:
                 self._shared[key] = make()
             return self._shared[key]
 
+    def start_from(self, pattern: Pattern, schedule: Schedule) -> None:
+        """Takes its plans from a pattern. `schedule`: the run's own where nothing has to be searched for.
+
+        Raises ValueError where the pattern's settings are none.
+        """
+        settings = {name: pattern.settings[name] for name in self.method.PATTERN_SETTINGS if name in pattern.settings}
+        config = replace(self.config, **settings)
+        changed = ", ".join(f"{name} {value}" for name, value in settings.items() if value != getattr(self.config, name))
+        self._without_pattern = self.schedule, self.config, self.first_step
+        self.pattern, self.schedule, self.config, self.first_step = pattern, schedule, config, schedule.warmup
+        self.record.config, self.record.warmup = config, schedule.warmup
+        self.note(f"started from {pattern.source}" + (f", with its {changed}" if changed else ""))
+
+    def refuse_pattern(self, reason: str) -> None:
+        """Goes on without the pattern. Raises RuntimeError where `strict` is set."""
+        with self._lock:
+            pattern, self.pattern = self.pattern, None
+            if pattern is None:  # another thread was first
+                return
+            self.schedule, self.config, self.first_step = self._without_pattern
+            self.record.config, self.record.warmup = self.config, self.schedule.warmup
+            self._states.clear()
+            self._shared.clear()
+        self.say_refused(pattern, reason)
+
+    def check_pattern(self, layout: VideoLayout) -> None:
+        """Refuses a pattern for another video, when the first layout of the run is known; later ones may be windows of other sizes."""
+        checked, self._layout_checked = self._layout_checked, True
+        if not checked and self.pattern is not None and (reason := self.pattern.why_not_layout(layout)):
+            self.refuse_pattern(reason)
+
+    def say_refused(self, pattern: Pattern, reason: str) -> None:
+        """A pattern is not used, and why. Raises RuntimeError where `strict` is set."""
+        sentence = f"{pattern.source} was not used: {reason}"
+        if self.config.strict:
+            raise RuntimeError(f"{self.method.NAME}, strict: {sentence}")
+        self.note(sentence)
+
+    def given(self, call: AttentionCall, state: LayerState) -> Found | Dense | None:
+        """What the pattern says of a call: its plan, Dense where it has none that fits, or None without a pattern."""
+        pattern = self.pattern
+        if pattern is None:
+            return None
+        if reason := pattern.why_not_layout(call.layout):
+            return Dense(f"{pattern.source} has no plan for this call: {reason}")
+        plans = pattern.find(call.layer, call.stack, self.roles.of(call.condition))
+        if plans is None:
+            return Dense("layer without a plan in the loaded pattern", planned=True)
+        place = plans.place_at(self.schedule.sigmas[call.step])
+        if state.found is None or state.found.place != place:
+            reason = pattern.why_not_heads(call.q.shape[1])
+            try:
+                what = None if reason else self.method.from_pattern(plans.at(place, len(call.q)), call, self.config, self)
+            except (KeyError, ValueError):
+                reason = "its plans are damaged or incomplete"
+            if reason:
+                self.refuse_pattern(reason)
+                return Dense(f"{pattern.source} was not used: {reason}")
+            state.found = Found(call.step, what, place=place)
+        return state.found
+
+    def keep(self, call: AttentionCall, found: Found) -> Found:
+        """A method has found something; it outlives the run where that is asked for."""
+        if self.keeping is not None:
+            key = PlanKey(call.layer, call.stack, self.roles.of(call.condition))
+            kept = Kept(key, call.layout, self.schedule.sigmas[call.step], self.method.to_pattern(found.what))
+            with self._lock:
+                room = self.keeping.add(kept)
+            if not room:
+                self.note(f"to be saved: finds up to step {call.step}, since more would take over {MOST_KEPT_BYTES >> 20} MiB")
+        return found
+
+    def found_pattern(self, layers: int | None) -> Pattern | None:
+        """What the run found, on the CPU, or the pattern that it used; None where nothing was kept. To be asked before `end`."""
+        if self.keeping is None or self.pattern is not None or self.record.layout is None:
+            return None if self.keeping is None else self.pattern
+        return self.keeping.pattern(self.method.NAME, self.record.model, layers, self.record.layout, asdict(self.config))
+
     def note(self, sentence: str) -> None:
         """Something the person should know; said once."""
         self.record.note(sentence)
 
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that the run keeps between calls: plans, orders, what a search left."""
+        with self._lock:
+            tensors = {id(tensor): tensor for tensor in _tensors([*self._states.values(), *self._shared.values()])}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
     def end(self) -> RunRecord:
         """Frees every tensor of the run and returns its record."""
-        self.record.flush()
+        self.record.flush(wait=True)
         with self._lock:
             self._states.clear()
             self._shared.clear()
+            self.keeping = None
         return self.record
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in dataclasses and containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+    elif is_dataclass(value) and not isinstance(value, Session):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))

@@ -14,12 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, SparsePlan, TokenOrder, density
+from .block_mask import BlockMask, SparsePlan, TokenOrder, density, kept_pairs
 from .capability import BACKENDS, PRECISIONS, why_not
 
 __all__ = [
     "BACKENDS", "PRECISIONS", "BlockMask", "SparsePlan", "TokenOrder",
-    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "sampled_errors", "why_not",
+    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "kept_pairs",
+    "sampled_errors", "why_not",
 ]
 
 

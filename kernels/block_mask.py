@@ -224,3 +224,27 @@ def density(plan: SparsePlan, seq_q: int, seq_k: int) -> Tensor:
     kept = keys[:, :, None].expand(-1, -1, indices.shape[2], -1).gather(-1, (indices * used).long()) * used
     pairs = (torch.where(full, keys.sum(-1, keepdim=True), kept.sum(-1)) * queries).sum(-1)
     return pairs.to(torch.float64 if device.type != "mps" else torch.float32) / (seq_q * seq_k)
+
+
+def kept_pairs(plan: SparsePlan, q_rows: Tensor, k_rows: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Which pairs of some query rows and some key rows the plan computes: bool [B, H, len(q_rows), len(k_rows)].
+
+    q_rows, k_rows: tensor rows, integers. shape: (B, H, S_q, S_k). For pictures: its size is the pairs asked for.
+    """
+    batch, heads, seq_q, seq_k = shape
+    mask = plan.mask.expand(batch, heads)
+    q_blocks = _blocks_of_rows(plan.q_order, q_rows, seq_q, mask.block_q, batch, heads)
+    k_blocks = _blocks_of_rows(plan.k_order, k_rows, seq_k, mask.block_k, batch, heads)
+    picked = q_blocks.clamp(min=0)
+    lists = mask.kv_indices.gather(2, picked[..., None].expand(-1, -1, -1, mask.kv_indices.shape[-1]))
+    some = BlockMask(mask.kv_num_blocks.gather(2, picked), lists, 1, mask.block_k, len(q_rows), mask.seq_k)
+    kept = some.to_blocks().gather(3, k_blocks.clamp(min=0)[:, :, None].expand(-1, -1, len(q_rows), -1))
+    return kept & (q_blocks >= 0)[..., None] & (k_blocks >= 0)[:, :, None]
+
+
+def _blocks_of_rows(order: TokenOrder | None, rows: Tensor, seq: int, block: int, batch: int, heads: int) -> Tensor:
+    """The block that holds each tensor row, int64 [B, H, rows]; -1 where the order leaves it out."""
+    if order is None:
+        return (rows.long() // block).expand(batch, heads, -1)
+    positions = order.positions(seq)[:, rows.long()].long()
+    return torch.where(positions < 0, -1, positions // block)[order.head_order.expand(batch, heads).long()]

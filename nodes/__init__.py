@@ -3,10 +3,20 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .adaspa import SparseAttentionPatchAdaSpa
+from .pattern import SparseAttentionLoadPattern, SparseAttentionSavePattern
+from .probe import SparseAttentionProbe, SparseAttentionProbeResults
 from .report import SparseAttentionReport
 from .svg import SparseAttentionPatchSVG
 
-NODES: list[type[io.ComfyNode]] = [SparseAttentionPatchSVG, SparseAttentionPatchAdaSpa, SparseAttentionReport]
+NODES: list[type[io.ComfyNode]] = [
+    SparseAttentionPatchSVG,
+    SparseAttentionPatchAdaSpa,
+    SparseAttentionReport,
+    SparseAttentionProbe,
+    SparseAttentionProbeResults,
+    SparseAttentionSavePattern,
+    SparseAttentionLoadPattern,
+]
 
 
 class SparseVideoAttentionExtension(ComfyExtension):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
 import comfy.patcher_extension
+import torch
+from torch import Tensor
 
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
@@ -32,6 +35,22 @@ def outside_recording() -> contextlib.AbstractContextManager:
     except ImportError:
         pause = None
     return pause() if pause is not None else contextlib.nullcontext()
+
+
+def dense_attention() -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:
+    """(the host's own attention for q, k, v [B, H, S, D], its name): the backend that it was started with."""
+    try:
+        from comfy.ldm.modules.attention import optimized_attention
+    except ImportError:
+        return torch.nn.functional.scaled_dot_product_attention, "scaled_dot_product_attention"
+    inner = getattr(optimized_attention, "__wrapped__", optimized_attention)  # no override may meet what is no model's call
+    return lambda q, k, v: inner(q, k, v, q.shape[1], skip_reshape=True, _inside_attn_wrapper=True), inner.__name__
+
+
+def compute_dtype(patcher: Any) -> torch.dtype:
+    """What a model computes in."""
+    find = getattr(patcher.model, "get_dtype_inference", None) or getattr(patcher.model, "get_dtype", None)
+    return find() if find is not None else torch.float32
 
 
 def executing_node() -> str | None:

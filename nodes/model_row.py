@@ -96,8 +96,8 @@ class VideoModel:
     width). layers: how many self-attention layers of the video there are. layout: where the video lies in the sequence, from the
     grid of tokens. number: the number of the layer that calls, or None for what is no layer of the video. stacks: names for
     the second, third call under one number. width: heads times head_dim of the video's self-attention, where other streams
-    attend too. cross_attends: whether every self-attention call is followed by one to the text. automatic: what "automatic"
-    means, by method. source: where that comes from.
+    attend too. heads: how many heads the video's self-attention has, and their dim. cross_attends: whether every self-attention
+    call is followed by one to the text. automatic: what "automatic" means, by method. source: where that comes from.
     """
 
     name: str
@@ -108,6 +108,7 @@ class VideoModel:
     number: Callable[[Evaluation, dict], int | None] = published
     stacks: tuple[str, ...] = ()
     width: Callable[[Any], int] | None = None
+    heads: Callable[[Any], tuple[int, int]] | None = None
     cross_attends: bool = True
     automatic: Callable[[Any], Mapping[str, Automatic]] = lambda network: {}
     source: Callable[[Any], str] = lambda network: ""

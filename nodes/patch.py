@@ -7,6 +7,7 @@ reads the clock once an evaluation and hands the evaluation to the override thro
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,22 +18,51 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall, Dense
+from ..attention.clock import mark
 from ..attention.config import Automatic, MethodConfig
 from ..attention.dispatch import sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
+from ..attention.pattern import Keeping, Pattern
+from ..attention.probe import Probe, ProbeConfig
 from ..attention.record import RunRecord
-from ..attention.schedule import WARMUP_PERCENT, make_schedule
+from ..attention.schedule import WARMUP_PERCENT, Schedule, make_schedule
 from ..attention.session import Session
-from . import host, video_models
+from . import host, outlook, pattern_files, video_models
 from .model_row import Call, Evaluation, Layer, VideoModel
 from .status import StatusLine, hint
 
+# Where a probe node leaves its settings, on a clone of the model.
+PROBE = host.KEY + "_probe"
+# And a node that loads plans from a file.
+PATTERN = host.KEY + "_pattern"
+_MOST_PATTERNS = 4  # of one model's sampler nodes; they may be large
+
 
 class RunLog:
-    """The records of a model's newest runs, shared by its clones."""
+    """The records of a model's newest runs, shared by its clones.
+
+    patterns: what runs found, by the node that sampled; kept for runs of a prompt that saves it, or once `pattern_wanted` is set.
+    """
 
     def __init__(self):
         self.runs: deque[RunRecord] = deque(maxlen=16)
+        self.patterns: dict[str | None, Pattern] = {}
+        self.pattern_wanted = False
+
+    def keep_pattern(self, node: str | None, pattern: Pattern | None) -> None:
+        """The pattern of a node's newest run, or None."""
+        self.patterns.pop(node, None)
+        if pattern is not None:
+            self.patterns[node] = pattern
+            self.pattern_wanted = False
+        while len(self.patterns) > _MOST_PATTERNS:
+            del self.patterns[next(iter(self.patterns))]
+
+    def add(self, record: RunRecord) -> None:
+        """Adds a run; pictures of masks are kept of the newest alone."""
+        for run in list(self.runs):
+            run.forget_pictures()
+        self.runs.append(record)
 
     def newest_of(self, node_id: str) -> RunRecord | None:
         """The newest run that this node sampled."""
@@ -48,11 +78,19 @@ def install(model: Any, method: ModuleType, config: MethodConfig, node_id: str |
     log = RunLog()
     patched.set_attachments(host.KEY, log)
     note = f"An earlier sparse attention patch on this model gave way to this {method.NAME} one" if replaced else None
-    if note:
-        host.show_text(note, node_id)
+    network = _network_of(patched)
+    lines = [note, outlook.at_the_node(patched, video_models.find(network), network, method.NAME, config)]
+    if any(lines):
+        host.show_text(" · ".join(line for line in lines if line), node_id)
     patched.add_wrapper_with_key(host.OUTER_SAMPLE, host.KEY, _Run(method, config, node_id, log, note))
     patched.add_wrapper_with_key(host.APPLY_MODEL, host.KEY, _evaluate)
     return patched
+
+
+def method_of(model: Any) -> str | None:
+    """The method of the patch that a model carries, by name."""
+    runs = [run for run in model.get_wrappers(host.OUTER_SAMPLE, host.KEY) if isinstance(run, _Run)]
+    return runs[-1].method.NAME if runs else None
 
 
 @dataclass(frozen=True)
@@ -70,11 +108,14 @@ class _Run:
         kept = guider.model_options
         options = host.clone_model_options(kept)
         session = self._session(guider, *args, **kwargs)
+        asked = guider.model_patcher.get_attachment(PROBE)
+        probe = Probe(asked, session) if isinstance(asked, ProbeConfig) else None
         status = StatusLine(self.node_id)
+        status.begin(self._outlook(guider, session, *args, **kwargs))
         transformer_options = options.setdefault("transformer_options", {})
         override = _make_override(session, transformer_options.get(host.OVERRIDE))
         transformer_options[host.OVERRIDE] = override
-        transformer_options[host.KEY] = _Active(session, status, override)
+        transformer_options[host.KEY] = _Active(session, status, override, probe)
         guider.model_options = options
         record = session.record
         try:
@@ -86,9 +127,29 @@ class _Run:
             raise
         finally:
             guider.model_options = kept
+            self._keep_pattern(session)
             session.end()
-            self.log.runs.append(record)
+            if probe is not None:
+                record.probe = probe.end()
+            self.log.add(record)
             status.close(record)
+
+    def _keep_pattern(self, session: Session) -> None:
+        """Takes what the run found out of it, where that was asked for."""
+        pattern = None
+        if session.keeping is not None and session.record.outcome == "finished":
+            try:
+                pattern = session.found_pattern(session.layers)
+            except Exception as error:  # no reason to lose a video
+                host.log.warning("could not keep the pattern of this run", exc_info=True)
+                session.note(f"the pattern of this run could not be kept ({type(error).__name__}: {error})")
+        self.log.keep_pattern(session.record.node, pattern)
+
+    def _outlook(self, guider: Any, session: Session, noise: Tensor, *args: Any, latent_shapes: list | None = None, **kwargs: Any) -> str | None:
+        """What to tell when sampling starts."""
+        network = _network_of(guider.model_patcher)
+        latent = video_models.latent_shape(noise, {"latent_shapes": latent_shapes})
+        return outlook.at_the_start(guider.model_patcher, video_models.find(network), network, session, latent)
 
     def _session(
         self, guider: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor,
@@ -96,21 +157,46 @@ class _Run:
     ) -> Session:
         """A fresh session. Thresholds are read now, since a later node may have changed the model's sampling."""
         sampling = guider.model_patcher.get_model_object("model_sampling")
-        network = video_models.plain(guider.model_patcher.get_model_object("diffusion_model"))
+        network = _network_of(guider.model_patcher)
         row = video_models.find(network)
         layers, automatic, source = _facts(row, network, self.method)
         config = self.config.resolved(automatic)
-        schedule = make_schedule(
-            sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), float(sampling.sigma_max),
-            config.warmup_steps, config.end_steps, self.method.LEAST_WARMUP, automatic.warmup,
-        )
+
+        def with_least(warmup: int) -> Schedule:
+            return make_schedule(
+                sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), float(sampling.sigma_max),
+                config.warmup_steps, config.end_steps, warmup, automatic.warmup,
+            )
+
+        schedule = with_least(self.method.LEAST_WARMUP)
         record = RunRecord(self.method.NAME, config, schedule.steps, layers, seed or 0, schedule.warmup)
         record.model, record.node = row.name, host.executing_node()
         if config != self.config or (config.warmup_steps < 0 and automatic.warmup != WARMUP_PERCENT):
             record.automatic = source  # the table had a say
         if self.note:
             record.note(self.note)
-        return Session(self.method, config, schedule, seed or 0, record, layers)
+        session = Session(self.method, config, schedule, seed or 0, record, layers)
+        session.keeping = Keeping() if self.log.pattern_wanted or pattern_files.is_saved() else None
+        pattern = guider.model_patcher.get_attachment(PATTERN)
+        if isinstance(pattern, Pattern):
+            _start_from(pattern, session, with_least(0))
+        return session
+
+
+def _start_from(pattern: Pattern, session: Session, schedule: Schedule) -> None:
+    """Gives a run its plans, or says why not. `schedule`: the run's where nothing has to be searched for."""
+    reason = pattern.why_not_model(session.method.NAME, session.record.model, session.layers)
+    if reason is None:
+        try:
+            session.start_from(pattern, schedule)
+        except (TypeError, ValueError):
+            reason = "its settings are damaged"
+    if reason is not None:
+        session.say_refused(pattern, reason)
+
+
+def _network_of(patcher: Any) -> Any:
+    return video_models.plain(patcher.get_model_object("diffusion_model"))
 
 
 def _facts(row: VideoModel, network: Any, method: ModuleType) -> tuple[int | None, Automatic, str | None]:
@@ -129,13 +215,14 @@ class _Active:
     session: Session
     status: StatusLine
     override: Callable
+    probe: Probe | None = None
 
 
 @dataclass
 class _Forward:
     """One evaluation of the model: who asks (conditions), when (step), about what (evaluation).
 
-    reached: whether any attention call came to our override.
+    reached: whether any attention call came to our override. kind, layer: of the newest call of the video, for the clock.
     """
 
     active: _Active
@@ -144,7 +231,10 @@ class _Forward:
     step: int
     conditions: tuple[Hashable, ...]
     reached: bool = False
+    kind: str = "dense"
+    layer: Layer | None = None
     layout: VideoLayout | None = None
+    probed: bool = False
 
     def layout_for(self, call: Call) -> VideoLayout | Dense:
         """The layout of this evaluation, kept once a call has shown it."""
@@ -153,6 +243,7 @@ class _Forward:
             if isinstance(layout, Dense):
                 return layout
             self.layout = self.active.session.record.layout = layout
+            self.active.session.check_pattern(layout)
             if self.model.note:
                 self.active.session.note(self.model.note)
         return self.layout
@@ -171,10 +262,16 @@ def _evaluate(
     step = session.schedule.step_of(float(t.flatten()[0]))
     session.record.step = step
     session.record.flush()
-    active.status.show(session.record)
+    if active.probe is not None:
+        active.probe.flush()
+    if active.status.due():
+        session.record.plan_bytes = max(session.record.plan_bytes, session.held_bytes())
+        active.status.show(session.record)
     network = video_models.plain(executor.class_obj.diffusion_model)
     evaluation = Evaluation(network, video_models.latent_shape(x, kwargs), {**kwargs, "context": c_crossattn})
     forward = options[host.KEY] = _Forward(active, video_models.find(network), evaluation, step, _conditions(options))
+    for number, (identity, _) in zip(options.get("cond_or_uncond") or range(len(forward.conditions)), forward.conditions, strict=False):
+        session.roles.add(identity, number)
     result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if evaluation.longest and not evaluation.layers and forward.layout is not None:
         expected = f"{forward.layout} are {forward.layout.seq_len} tokens"
@@ -210,12 +307,16 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         if not isinstance(forward, _Forward):
             return run_dense(func, q, k, v, *args, **kwargs)
         forward.reached = True
+        forward.layer, start = None, mark(q.device)
         named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         split = named.get("skip_reshape", False)
         width = q.shape[1] * q.shape[3] if split else q.shape[-1]
         layer = _told(forward, None, lambda: _layer_of(forward, Call(q.shape[-2], k.shape[-2], width, options)))
         if isinstance(layer, Dense):
-            return run_dense(func, q, k, v, *args, **kwargs)
+            out = run_dense(func, q, k, v, *args, **kwargs)
+            if layer is not _NOT_OURS:
+                session.record.timed("dense", forward.layer, start, mark(q.device))
+            return out
         if split:
             parts = [q, k, v]
         else:
@@ -223,8 +324,11 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
             parts = [tensor.unflatten(-1, (-1, dim)).transpose(1, 2) for tensor in (q, k, v)]
         result = _attend(forward, layer, *parts, named.get("mask"), named.get("scale"), lambda: run_dense(func, q, k, v, *args, **kwargs))
         if isinstance(result, Dense):
-            return run_dense(func, q, k, v, *args, **kwargs)
-        return result if named.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
+            out = run_dense(func, q, k, v, *args, **kwargs)
+        else:
+            out = result if named.get("skip_output_reshape", False) else result.transpose(1, 2).flatten(2)
+        session.record.timed("dense" if isinstance(result, Dense) else forward.kind, layer, start, mark(q.device))
+        return out
 
     return override
 
@@ -271,24 +375,34 @@ def _attend(
     if len(q) % len(forward.conditions):
         return _stay_dense(forward, layer, Dense(f"{len(q)} rows do not divide among {len(forward.conditions)} conditions"))
     size = len(q) // len(forward.conditions)
+    if forward.active.probe is not None:
+        forward.probed, run_dense = False, functools.cache(run_dense)  # one dense output serves all conditions
     outputs = []
     for number, condition in enumerate(forward.conditions):
         rows = slice(number * size, (number + 1) * size)
         part = bias if bias is None or len(bias) == 1 else bias[rows]
         call = AttentionCall(q[rows], k[rows], v[rows], forward.layout, layer.number, forward.step, condition, scale, part, layer.stack)
-        outputs.append(_compute(call, forward))
+        outputs.append(_compute(call, forward, lambda rows=rows: _by_head(run_dense(), q.shape)[rows]))
     if all(isinstance(output, Dense) and output.output is None for output in outputs):
         return outputs[0]
+    forward.kind = "search" if any(isinstance(output, Dense) for output in outputs) else "sparse"
+    if forward.probed:
+        forward.kind = "probed"  # no measure of what a call takes
     return _join(outputs, q.shape, size, run_dense)
 
 
-def _compute(call: AttentionCall, forward: _Forward) -> Tensor | Dense:
-    """One condition's call."""
-    layer = Layer(call.layer, call.stack)
+def _compute(call: AttentionCall, forward: _Forward, run_dense: Callable[[], Tensor]) -> Tensor | Dense:
+    """One condition's call; run_dense is its share of the host's own output, [B, H, S, D]."""
+    layer, probe = Layer(call.layer, call.stack), forward.active.probe
+
+    def probed(probe: Probe) -> Tensor | Dense:
+        result, measured = probe.attend(call, run_dense)
+        forward.probed |= measured
+        return result
 
     def compute() -> Tensor | Dense:
         with host.outside_recording():
-            result = sparse_attention(call, forward.active.session)
+            result = sparse_attention(call, forward.active.session) if probe is None else probed(probe)
         return _stay_dense(forward, layer, result, 1) if isinstance(result, Dense) else result
 
     return _told(forward, layer, compute, 1)
@@ -313,6 +427,7 @@ def _stay_dense(forward: _Forward, layer: Layer | None, dense: Dense, conditions
     session = forward.active.session
     if session.config.strict and not dense.planned:
         raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}.{hint(dense.reason, session.config)}")
+    forward.layer = layer
     number, stack = layer or (None, "")
     session.record.dense(forward.step, number, dense.reason, conditions or len(forward.conditions), stack)
     return dense
@@ -326,12 +441,16 @@ def _join(outputs: list[Tensor | Dense], shape: torch.Size, size: int, run_dense
         part = output.output if isinstance(output, Dense) else output
         if part is None:
             if whole is None:
-                whole = run_dense()
-                whole = whole if whole.dim() == 4 else whole.unflatten(2, (shape[1], -1)).transpose(1, 2)
+                whole = _by_head(run_dense(), shape)
             part = whole[number * size : (number + 1) * size]
         parts.append(part)
     # Joined as [B, S, H, D], the layout that hosts take it in.
     return parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
+
+
+def _by_head(whole: Tensor, shape: torch.Size) -> Tensor:
+    """A host's output, [B, H, S, D] or [B, S, H*D], as [B, H, S, D]; shape: that of q."""
+    return whole if whole.dim() == 4 else whole.unflatten(2, (shape[1], -1)).transpose(1, 2)
 
 
 def _key_bias(mask: Tensor | None, k: Tensor) -> Tensor | Dense | None:

@@ -11,7 +11,7 @@ from ..attention.record import SCHEMA, RunRecord
 from . import host
 from .inputs import CATEGORY
 from .patch import RunLog
-from .report_picture import draw, draw_message
+from .report_picture import Mask, draw, draw_message
 
 
 class SparseAttentionReport(io.ComfyNode):
@@ -29,10 +29,15 @@ class SparseAttentionReport(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled: the output of a sparse attention patch, or a later node's."),
                 io.Latent.Input("samples", tooltip="The sampler's output; it passes through, so that the report comes after the run."),
+                io.Int.Input(
+                    "layer", default=0, min=-1000, max=1000, step=1, optional=True,
+                    tooltip="Whose block mask is drawn: the layer, counted from 0; -1 is the last. Other stacks (VACE) follow the main one.",
+                ),
+                io.Int.Input("head", default=0, min=-1000, max=1000, step=1, optional=True, tooltip="And the head, counted from 0; -1 is the last."),
             ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The same latent."),
-                io.Image.Output(display_name="picture", tooltip="Skipped share by layer and step, and what the method found."),
+                io.Image.Output(display_name="picture", tooltip="Skipped share by layer and step, what the method found, a block mask, times."),
                 io.String.Output(display_name="json", tooltip="The record as JSON."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -40,18 +45,18 @@ class SparseAttentionReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, samples: dict) -> io.NodeOutput:
-        record = _find(model, cls.hidden.prompt or {}, str(cls.hidden.unique_id))
+    def execute(cls, model: Any, samples: dict, layer: int = 0, head: int = 0) -> io.NodeOutput:
+        record = find_record(model, cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         if isinstance(record, RunRecord):
-            data = record.to_json()
-            image = draw(data)
+            data = {**record.to_json(), "costs": record.costs()}
+            image = draw(data, Mask(layer, head, record.mask_picture(layer, head)))
         else:
             data = {"schema": SCHEMA, "method": None, "why": record}
             image = draw_message(record)
         return io.NodeOutput(samples, image, json.dumps(data, indent=1), ui=ui.PreviewImage(image, cls=cls))
 
 
-def _find(model: Any, prompt: dict, node_id: str) -> RunRecord | str:
+def find_record(model: Any, prompt: dict, node_id: str) -> RunRecord | str:
     """The newest record of the nearest node above `samples` that sampled this model, or why there is none."""
     log = model.get_attachment(host.KEY)
     if not isinstance(log, RunLog):

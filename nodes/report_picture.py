@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import textwrap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..attention.record import KINDS
+
 # Inches: narrow, so that words of 10 points stay readable where a node shows the picture 512 pixels wide.
 _WIDTH, _PLOTS, _LINE, _EDGE = 6.0, 3.4, 0.175, 0.1
+_LOWER = (3.2, 1.9)  # heights of the second and the third row of plots
 _DPI = 160
 _LETTERS = 76  # of a line of words
 
 
-def draw(data: dict) -> Tensor:
-    """The picture of a record in its JSON form: skipped share by layer and step, what the method found, and the figures in words."""
+class Mask(NamedTuple):
+    """The block mask to draw: of which layer and head, and bool [R, R] of evenly spread tokens, or None where none is kept."""
+
+    layer: int
+    head: int
+    pairs: Tensor | None
+
+
+def draw(data: dict, mask: Mask | None = None) -> Tensor:
+    """The picture of a record in its JSON form, costs included, and the figures in words.
+
+    Skipped share by layer and step; what the method found; the block mask of one head; the time by layer; the run by step.
+    """
     lines = _words(data)
     words = _LINE * len(lines) + _EDGE
-    height = _PLOTS + words
-    figure = _figure(height)
+    below = sum(_LOWER) if data["sparse_calls"] else 0.0
+    plots = _PLOTS + below
+    figure = _figure(plots + words)
     if figure is None:
         return _blank()
-    figure.get_layout_engine().set(rect=(0, words / height, 1, _PLOTS / height))
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _layers_and_steps(figure, left, data)
-    _findings(figure, right, data)
-    figure.text(_EDGE / _WIDTH, words / height, "\n".join(lines), va="top", fontsize=10).set_in_layout(False)
+    figure.get_layout_engine().set(rect=(0, words / (plots + words), 1, plots / (plots + words)))
+    rows = figure.add_gridspec(3 if below else 1, 1, height_ratios=(_PLOTS, *_LOWER) if below else (1,))
+    upper = rows[0].subgridspec(1, 2, width_ratios=(3, 2))
+    _layers_and_steps(figure, figure.add_subplot(upper[0]), data)
+    _findings(figure, figure.add_subplot(upper[1]), data)
+    if below:
+        middle = rows[1].subgridspec(1, 2, width_ratios=(3, 2))
+        _block_mask(figure.add_subplot(middle[0]), data, mask or Mask(0, 0, None))
+        _times(figure.add_subplot(middle[1]), data)
+        _steps(figure.add_subplot(rows[2]), data)
+    figure.text(_EDGE / _WIDTH, words / (plots + words), "\n".join(lines), va="top", fontsize=10).set_in_layout(False)
     return _rendered(figure)
 
 
@@ -83,6 +105,57 @@ def _findings(figure, axes, data: dict) -> None:
     else:
         axes.axis("off")
         axes.text(0.5, 0.5, "nothing ran sparse", ha="center", va="center")
+
+
+def _block_mask(axes, data: dict, mask: Mask) -> None:
+    """Kept pairs of evenly spread tokens, in the model's own order, with the frames' edges drawn in."""
+    names = data["layer_names"]
+    of = names[mask.layer] if -len(names) <= mask.layer < len(names) else mask.layer
+    axes.set_title(f"Kept pairs, layer {of}, head {mask.head}")
+    if mask.pairs is None:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no mask of this\nlayer and head", ha="center", va="center", transform=axes.transAxes)
+        return
+    axes.imshow(mask.pairs.numpy(), cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+    layout, size = data["layout"], len(mask.pairs)
+    per_frame, total = layout["height"] * layout["width"], data["tokens"]
+    edges = [layout["prefix"] + frame * per_frame for frame in range(layout["frames"] + 1)]
+    every = 1 + len(edges) // 24
+    for edge in [*edges[:-1:every], edges[-1]]:
+        for line in (axes.axhline, axes.axvline):
+            line(edge * size / total - 0.5, color="0.5", linewidth=0.5)
+    axes.set(xlabel="keys; lines: frames", ylabel="queries", xticks=[], yticks=[])
+
+
+def _times(axes, data: dict) -> None:
+    """Mean milliseconds of a call, by layer and kind."""
+    found = data.get("costs", {}).get("call_ms_by_layer") or {}
+    if not found:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no times", ha="center", va="center", transform=axes.transAxes)
+        return
+    for kind in KINDS:
+        places = [place for place, kinds in enumerate(found.values()) if kind in kinds]
+        if places:
+            axes.plot([list(found.values())[place][kind] for place in places], places, marker="o", markersize=3, linewidth=1, label=kind)
+    axes.set(title="Time of a call", xlabel="milliseconds")
+    axes.set_xlim(left=0)
+    _name_layers(axes, list(found))
+    axes.invert_yaxis()
+    axes.legend(loc="best")
+
+
+def _steps(axes, data: dict) -> None:
+    """How many calls ran sparse and dense, step by step, searches marked."""
+    calls = data["calls_by_step"]
+    steps = range(len(calls["sparse"]))
+    axes.bar(steps, calls["sparse"], color="tab:blue", label="sparse")
+    axes.bar(steps, calls["dense"], bottom=calls["sparse"], color="0.75", label="dense")
+    for number, step in enumerate(data["search_steps"]):
+        axes.axvline(step, color="black", linestyle=":", label="search" if number == 0 else None)
+    axes.set(title="Calls by step", xlabel="step (the first is 0)", ylabel="calls")
+    axes.locator_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _name_layers(axes, names: list[str]) -> None:

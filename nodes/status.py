@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ..attention.config import MethodConfig
-from ..attention.record import RunRecord
+from ..attention.record import KINDS, RunRecord
 from . import host
 
 # A browser redraws the node for every line; twice a second is enough to read.
@@ -33,7 +33,21 @@ def _figures(record: RunRecord) -> str:
     parts.append(f"{record.sparse_calls} sparse, {record.dense_calls} dense calls")
     if record.reasons:
         parts.append("dense: " + "; ".join(f"{reason} ({count})" for reason, count in record.reasons.most_common(3)))
+    parts += _spread(record) + _costs(record)
     return " · ".join(parts)
+
+
+def _spread(record: RunRecord) -> list[str]:
+    """How far heads differ, where they do: a tenth of them skip less than the first figure, a tenth more than the last."""
+    low, middle, high = (f"{share:.0%}" for share in record.head_percentiles() or (0, 0, 0))
+    return [] if low == high else [f"heads {low} to {high}, median {middle}"]
+
+
+def _costs(record: RunRecord) -> list[str]:
+    """Milliseconds of a call of each kind, and the memory that plans take."""
+    times = [f"{took:.3g} ms a {kind} call" for kind in KINDS if (took := record.call_ms(kind)) is not None]
+    memory = [f"{record.plan_bytes / 2**20:.3g} MiB of plans"] if record.plan_bytes else []
+    return [", ".join(times + memory)] if record.sparse_calls and times else memory if record.sparse_calls else []
 
 
 def _notes(record: RunRecord) -> str:
@@ -74,12 +88,21 @@ class StatusLine:
         self.node_id = node_id
         self._next = 0.0
 
+    def begin(self, text: str | None) -> None:
+        """The line when sampling starts."""
+        if text:
+            self._next = time.monotonic() + _SECONDS_BETWEEN
+            host.show_text(text, self.node_id)
+            host.log.info(text)
+
+    def due(self) -> bool:
+        """Whether the live line may be shown again: at most twice a second."""
+        return time.monotonic() >= self._next
+
     def show(self, record: RunRecord) -> None:
-        """The live line, at most twice a second."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _SECONDS_BETWEEN
-            host.show_text(line(record), self.node_id)
+        """The live line; for when it is due."""
+        self._next = time.monotonic() + _SECONDS_BETWEEN
+        host.show_text(line(record), self.node_id)
 
     def close(self, record: RunRecord) -> None:
         """The closing line, always; also in the log, for those who run without a browser."""

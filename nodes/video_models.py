@@ -33,6 +33,19 @@ def _blocks(network: Any) -> int:
     return len(network.blocks)
 
 
+def _wan_heads(network: Any) -> tuple[int, int]:
+    return network.num_heads, network.dim // network.num_heads
+
+
+def _ltx_heads(network: Any) -> tuple[int, int]:
+    return network.num_attention_heads, network.attention_head_dim
+
+
+def _heads_of_first(find: Callable[[Any], Any]) -> Callable[[Any], tuple[int, int]]:
+    """The heads that the first block's attention has."""
+    return lambda network: (getattr(find(network), "num_heads", None) or find(network).heads, find(network).head_dim)
+
+
 def _wan_grid(evaluation: Evaluation, grid: Grid) -> Grid:
     """The grid with the frames that are appended in time (Phantom's subjects). Those that publish a grid count them already."""
     given = evaluation.latent[2] + evaluation.frames_of("time_dim_concat")
@@ -198,14 +211,16 @@ _SVG_SCRIPT = "SVG's script for it: 0.25 kept, {} of steps and one layer dense; 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _WAN = VideoModel(
-    "Wan 2.1 / 2.2", ("WanModel", "CameraWanModel", "WanDancerModel"), _patch_size, _blocks, _wan, automatic=_wan_automatic, source=_wan_source,
+    "Wan 2.1 / 2.2", ("WanModel", "CameraWanModel", "WanDancerModel"), _patch_size, _blocks, _wan, heads=_wan_heads,
+    automatic=_wan_automatic, source=_wan_source,
 )
 _LTX = VideoModel(
-    "LTX-Video", ("LTXVModel",), lambda network: (1, 1, 1), _ltx_blocks, _ltx, _ltx_number, automatic=_settings(0.7),
+    "LTX-Video", ("LTXVModel",), lambda network: (1, 1, 1), _ltx_blocks, _ltx, _ltx_number, heads=_ltx_heads, automatic=_settings(0.7),
     source=lambda network: _NO_FIGURES,
 )
 _COSMOS = VideoModel(
-    "Cosmos 1", ("GeneralDIT",), _cosmos_patch, _blocks, number=counted, automatic=_settings(0.75, 0.3),
+    "Cosmos 1", ("GeneralDIT",), _cosmos_patch, _blocks, number=counted,
+    heads=lambda network: (network.num_heads, network.model_channels // network.num_heads), automatic=_settings(0.75, 0.3),
     source=lambda network: "SVG's script for Cosmos 14B: 0.25 kept, the first 30 % of steps and one layer dense",
 )
 
@@ -219,27 +234,31 @@ ROWS: tuple[VideoModel, ...] = (
     replace(_WAN, name="SCAIL", classes=("SCAILWanModel", "SCAIL2WanModel"), layout=_scail),
     VideoModel(
         "HunyuanVideo", ("HunyuanVideo",), _patch_size, lambda network: len(network.double_blocks) + len(network.single_blocks), _hunyuan,
-        _hunyuan_number, cross_attends=False, automatic=_settings(0.75),
+        _hunyuan_number, cross_attends=False, heads=lambda network: (network.num_heads, network.hidden_size // network.num_heads),
+        automatic=_settings(0.75),
         source=lambda network: _SVG_SCRIPT.format("the first 10 %") + " and the first 20 %, which is taken for both",
     ),
     _LTX,
     replace(_LTX, name="LTX-2", classes=("LTXAVModel",), width=lambda network: network.inner_dim),
     VideoModel(
-        "MiniMax H3", ("MiniMaxH3Model",), _patch_size, _blocks, _h3, counted, cross_attends=False, automatic=_settings(0.7),
+        "MiniMax H3", ("MiniMaxH3Model",), _patch_size, _blocks, _h3, counted, cross_attends=False,
+        heads=_heads_of_first(lambda network: network.blocks[0].attn), automatic=_settings(0.7),
         source=lambda network: _NO_FIGURES,
     ),
     VideoModel(
         "CogVideoX", ("CogVideoXTransformer3DModel",), _cogvideox_patch, _blocks, _cogvideox, counted, cross_attends=False,
+        heads=_heads_of_first(lambda network: network.blocks[0]),
         automatic=_settings(0.75), source=lambda network: _SVG_SCRIPT.format("the first 20 %"),
     ),
     VideoModel(
         "Mochi", ("AsymmDiTJoint",), lambda network: (1, network.patch_size, network.patch_size), _blocks, _mochi, counted, cross_attends=False,
-        automatic=_settings(0.7), source=lambda network: _NO_FIGURES,
+        heads=lambda network: (network.num_heads, network.head_dim), automatic=_settings(0.7), source=lambda network: _NO_FIGURES,
     ),
     _COSMOS,
     replace(_COSMOS, name="Cosmos-Predict2", classes=("MiniTrainDIT",)),
     VideoModel(
-        "Kandinsky 5", ("Kandinsky5",), _patch_size, lambda network: len(network.visual_transformer_blocks), automatic=_settings(0.7),
+        "Kandinsky 5", ("Kandinsky5",), _patch_size, lambda network: len(network.visual_transformer_blocks),
+        heads=_heads_of_first(lambda network: network.visual_transformer_blocks[0].self_attention), automatic=_settings(0.7),
         source=lambda network: _NO_FIGURES,
     ),
 )

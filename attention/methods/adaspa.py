@@ -33,10 +33,12 @@ from ..config import Automatic, MethodConfig
 from ..layout import VideoLayout, in_sections, tile_major
 from ..record import Figures
 from ..schedule import Schedule
-from ..session import Found, LayerState
+from ..session import Found, LayerState, Session
 
 NAME = "AdaSpa"
 LEAST_WARMUP = 1
+# What a loaded pattern brings along: blocks are chosen for a sparsity, in an order of tokens.
+PATTERN_SETTINGS = ("sparsity", "token_order")
 # Above this recall a head has more blocks than it needs (section 4.2).
 _EASY_RECALL = 0.8
 # Bytes of block masses searched at a time; sorting them takes about five times as much.
@@ -72,19 +74,52 @@ def first_step(schedule: Schedule) -> int:
 def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> SparsePlan | Dense:
     """The newest blocks found; searches where that is due. A first search computes the call's dense output on its way."""
     run = state.run
-    blocks = run.shared(("adaspa", call.q.device, call.layout), lambda: VideoBlocks.build(call.layout, config, call.q.device))
+    blocks = _blocks(call, config, run)
     if blocks.limit:
         run.note(blocks.limit)
-    found = state.found
-    if found is None or found.what is None:
-        return _keep_lse(call, state) if call.step < run.schedule.warmup - 1 else _first_search(call, config, state, blocks)
-    if call.step < run.schedule.warmup:
-        return Dense("warm-up step", planned=True)
-    if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
-        masses = _Masses(call, state, blocks, found.lse)
-        state.found = _found(masses, call, config, state, blocks, found.lse)
+    given = run.given(call, state)
+    if isinstance(given, Dense):
+        return given
+    if given is None:
+        found = state.found
+        if found is None or found.what is None:
+            return _keep_lse(call, state) if call.step < run.schedule.warmup - 1 else _first_search(call, config, state, blocks)
+        if call.step < run.schedule.warmup:
+            return Dense("warm-up step", planned=True)
+        if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
+            masses = _Masses(call, state, blocks, found.lse)
+            state.found = _found(masses, call, config, state, blocks, found.lse)
     state.figures = Figures(density=state.found.what.density, recall=state.found.what.recall)
     return blocks.plan(state.found.what)
+
+
+def _blocks(call: AttentionCall, config: AdaSpaConfig, run: Session) -> VideoBlocks:
+    return run.shared(("adaspa", call.q.device, call.layout), lambda: VideoBlocks.build(call.layout, config, call.q.device))
+
+
+def to_pattern(choice: Choice) -> dict[str, Tensor]:
+    """What was found, for a file; off the device at once, since a run may find several."""
+    return {"bits": choice.bits.cpu(), "density": choice.density, "recall": choice.recall}
+
+
+def from_pattern(tensors: dict[str, Tensor], call: AttentionCall, config: AdaSpaConfig, run: Session) -> Choice:
+    """The inverse of `to_pattern`, on the call's device. Raises ValueError where it does not fit the call.
+
+    What kernels rely on is worked out anew, never read from the file.
+    """
+    blocks = _blocks(call, config, run)
+    bits, density, recall = tensors["bits"], tensors["density"].float(), tensors["recall"].float()
+    heads = tuple(call.q.shape[:2])
+    if tuple(bits.shape) != (*heads, blocks.rows, -(-blocks.columns // 8)) or bits.dtype != torch.uint8:
+        raise ValueError(f"bits is {bits.dtype} {tuple(bits.shape)}: these are not the blocks of {call.layout}")
+    if not density.shape == recall.shape == heads or not bool(((density > 0) & (density <= 1)).all()):
+        raise ValueError("density or recall is not one figure a head")
+    if blocks.columns % 8 and bool((bits[..., -1] >> (blocks.columns % 8)).any()):
+        raise ValueError("bits has blocks past the last one")
+    counts = _BITS_SET[bits.long()].sum(-1, dtype=torch.int32)
+    if int(counts.min()) < 1:
+        raise ValueError("bits has a row without a block")
+    return Choice(bits.to(call.q.device), max(int((counts * (counts < blocks.columns)).max()), 1), density, recall)
 
 
 def _due(refresh: int, schedule: Schedule, found_at: int, step: int) -> bool:
@@ -165,7 +200,8 @@ def _found(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: La
     """The choice of blocks over all heads together; the LSE is kept while another search is due."""
     choice = _choose(masses.ranks, masses.share, masses.totals, blocks, config)
     state.run.record.searched(call.step)
-    return Found(call.step, choice, lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None)
+    kept_lse = lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None
+    return state.run.keep(call, Found(call.step, choice, kept_lse))
 
 
 @dataclass(frozen=True)
@@ -333,6 +369,10 @@ def _pack(blocks: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % 8)).view(*blocks.shape[:-1], -1, 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+# How many bits a byte has set.
+_BITS_SET = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, columns: int) -> Tensor:

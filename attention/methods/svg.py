@@ -30,11 +30,13 @@ from ..config import Automatic, MethodConfig
 from ..layout import VideoLayout, in_sections
 from ..record import Figures
 from ..schedule import Schedule
-from ..session import Found, LayerState
+from ..session import Found, LayerState, Session
 
 NAME = "SVG"
 LEAST_WARMUP = 0
 SPATIAL, TEMPORAL = 0, 1
+# What a loaded pattern brings along: nothing, since head types hold at any sparsity.
+PATTERN_SETTINGS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,31 @@ def plan(call: AttentionCall, config: SvgConfig, state: LayerState) -> SparsePla
     bands = run.shared(("svg", call.q.device, call.layout), lambda: Bands.build(call.layout, config.sparsity, call.q.device))
     for limit in bands.limits:
         run.note(limit)
-    if state.found is None or _due(config.cache_refresh, state.found.step, call.step):
+    given = run.given(call, state)
+    if isinstance(given, Dense):
+        return given
+    if given is None and (state.found is None or _due(config.cache_refresh, state.found.step, call.step)):
         rows = sampled_rows(run.seed, call.step, call.layer, config.sampled_rows, call.q.shape[2]).to(call.q.device, non_blocking=True)
         errors = kernels.sampled_errors(
             call.q, call.k, call.v, rows, bands.candidates(), scale=call.scale, key_bias=call.key_bias, backend=run.backend,
         )
-        state.found = Found(call.step, errors[TEMPORAL] < errors[SPATIAL])  # [B, H]; a tie is spatial
+        state.found = run.keep(call, Found(call.step, errors[TEMPORAL] < errors[SPATIAL]))  # [B, H]; a tie is spatial
     temporal = state.found.what
     state.figures = Figures(density=bands.densities[temporal.long()], temporal=temporal)
     return bands.plan(temporal)
+
+
+def to_pattern(temporal: Tensor) -> dict[str, Tensor]:
+    """What was found, for a file: bool [B, H]."""
+    return {"temporal": temporal}
+
+
+def from_pattern(tensors: dict[str, Tensor], call: AttentionCall, config: SvgConfig, run: Session) -> Tensor:
+    """The inverse of `to_pattern`, on the call's device. Raises ValueError where it does not fit the call."""
+    temporal = tensors["temporal"]
+    if tuple(temporal.shape) != tuple(call.q.shape[:2]) or temporal.is_floating_point():
+        raise ValueError(f"temporal is {temporal.dtype} {tuple(temporal.shape)}: expected integers {tuple(call.q.shape[:2])}")
+    return temporal.to(call.q.device) != 0
 
 
 def _due(refresh: int, found_at: int, step: int) -> bool:

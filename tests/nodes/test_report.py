@@ -1,5 +1,6 @@
 """The report node: which run it finds, what it says where there is none, its picture and its JSON."""
 
+import importlib
 import json
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_report_tells_the_run_that_made_the_samples(host, method):
     samples, image, data = host.report(patched, LATENT, PROMPT)
     record = host.record(patched)
     assert samples is LATENT and shows_something(image)
-    assert data == json.loads(json.dumps(record.to_json()))
+    assert data == json.loads(json.dumps({**record.to_json(), "costs": record.costs()}))
     assert [name for name in PROMISED if name not in data] == []
     assert (data["schema"], data["method"], data["seed"]) == (1, {"svg": "SVG", "adaspa": "AdaSpa"}[method], 3)
     assert (data["asked_sparsity"], data["tokens"], data["steps"], data["layers"]) == (0.4, 576, 4, 2)
@@ -189,3 +190,42 @@ def test_without_matplotlib_the_json_is_whole_and_the_picture_blank(host, monkey
     _, image, data = host.report(patched, LATENT, PROMPT)
     assert image.shape[0] == 1 and image.shape[3] == 3 and (image == 1).all()
     assert data["sparse_calls"] == 6
+
+
+@every_method
+def test_the_mask_drawn_is_the_heads_own(host, method, monkeypatch):
+    """Whatever the order that the kernel took: pairs of tensor rows, as the plan that ran says."""
+    plans = {}
+    dispatch = importlib.import_module("pack.attention.dispatch")
+    run = dispatch._run
+    monkeypatch.setattr(dispatch, "_run", lambda call, plan, session: (plans.setdefault(call.layer, plan), run(call, plan, session))[1])
+    patched = host.patch(method, host.load("wan"), sparsity=0.5)
+    host.sample(patched, "wan")
+    record = host.record(patched)
+    kernels = importlib.import_module("pack.kernels")
+    rows = (torch.arange(128) * 576) // 128
+    for layer, plan in plans.items():
+        kept = kernels.kept_pairs(plan, torch.arange(576), torch.arange(576), (1, 2, 576, 576))
+        assert torch.allclose(kept.double().mean((2, 3)), kernels.density(plan, 576, 576), atol=1e-9)
+        for head in (0, 1, -1):
+            assert torch.equal(record.mask_picture(layer, head), kept[0, head][rows][:, rows])
+    assert record.mask_picture(2, 0) is None and record.mask_picture(0, 2) is None and record.mask_picture(-1, -2) is not None
+
+
+def test_the_report_takes_a_layer_and_a_head(host):
+    patched = host.patch("adaspa", host.load("wan"), sparsity=0.5)
+    host.sample(patched, "wan")
+    pictures = []
+    for layer, head in ((0, 0), (1, 1), (5, 0)):
+        inputs = {"model": patched, "samples": LATENT, "layer": layer, "head": head}
+        pictures.append(host.execute("SparseAttentionReport", inputs, "8", PROMPT).result[1])
+    assert all(shows_something(picture) for picture in pictures)
+    assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[1], pictures[2])
+
+
+def test_only_the_newest_run_keeps_pictures(host):
+    patched = host.patch("svg", host.load("wan"), sparsity=0.5)
+    host.sample(patched, "wan")
+    host.sample(patched, "wan", seed=1)
+    older, newer = host.records(patched)
+    assert older.mask_picture(0, 0) is None and newer.mask_picture(0, 0) is not None

@@ -29,6 +29,14 @@ def clock(host, monkeypatch):
     return clock
 
 
+def _measured(record):
+    """The parts of a line that are measured, or differ by head."""
+    low, middle, high = (f"{share:.0%}" for share in record.head_percentiles())
+    times = [f"{record.call_ms(kind):.3g} ms a {kind} call" for kind in ("sparse", "dense", "search") if record.call_ms(kind) is not None]
+    memory = [f"{record.plan_bytes / 2**20:.3g} MiB of plans"] if record.plan_bytes else []
+    return ([] if low == high else [f"heads {low} to {high}, median {middle}"]) + [", ".join(times + memory)]
+
+
 @every_method
 def test_the_live_line_comes_at_most_twice_a_second(host, method, clock):
     times = []
@@ -76,7 +84,7 @@ def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
     (reason,) = record.reasons
     assert text.split(" · ") == [
         record.method, "done", f"{record.achieved_sparsity:.0%} skipped (asked 40%)",
-        f"{record.sparse_calls} sparse, {record.dense_calls} dense calls", f"dense: {reason} (2)",
+        f"{record.sparse_calls} sparse, {record.dense_calls} dense calls", f"dense: {reason} (2)", *_measured(record),
         f"{record.run_sparsity:.0%} over the whole run", *record.notes,
     ]
     assert text in [entry.getMessage() for entry in caplog.records if entry.levelno == logging.INFO]

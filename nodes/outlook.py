@@ -1,0 +1,114 @@
+"""What a person is told before a run: tokens, layers, what will be sparse, and what that is likely to gain."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention import cost
+from ..attention.config import MethodConfig
+from ..attention.dispatch import least_tokens
+from ..attention.schedule import in_layers, parse_layers
+from ..attention.session import Session
+from . import host
+from .model_row import VideoModel, grid_of
+
+# Weights that tokens of the video do not pass: of modulation, embeddings, text and other streams, and of the keys and values of cross-attention.
+_NOT_PER_TOKEN = re.compile(
+    r"mod|adaln|ada_|time|emb|context|txt|text|caption|audio|vace|face|motion|music|refiner|connector|cross_attn\.(k|v)|attn2\.to_(k|v)|final|head\.",
+)
+# What a video of today has at low and at high resolution; for the line at the node, where no video is known yet.
+_EXAMPLES = (16_384, 65_536)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A model on a device, as the cost model needs it. device, dtype: where and in what it will run."""
+
+    row: VideoModel
+    network: Any
+    device: torch.device
+    dtype: torch.dtype
+    layers: int
+    heads: int
+    head_dim: int
+    weights: int
+
+    def step(self, tokens: int) -> cost.Step:
+        return cost.Step(tokens, self.layers, self.heads * self.head_dim, self.weights)
+
+    def rates(self, backend: str) -> cost.Rates:
+        """Raises what the device raises where it cannot measure."""
+        attention, name = host.dense_attention()
+        return cost.rates_of(self.device, self.dtype, self.head_dim, attention, name, backend)
+
+
+def prospect_of(patcher: Any, row: VideoModel, network: Any) -> Prospect | None:
+    """What is known of a model before it runs; None where its row does not say how its attention is made."""
+    layers = row.layers(network) if row.heads is not None else None
+    if not layers:
+        return None
+    weights = sum(part.numel() for name, part in network.named_parameters() if part.dim() == 2 and not _NOT_PER_TOKEN.search(name))
+    return Prospect(row, network, torch.device(patcher.load_device), host.compute_dtype(patcher), layers, *row.heads(network), weights)
+
+
+def _quiet(tell: Callable[[], str | None]) -> str | None:
+    """A line that cannot be reckoned is left out: it is no reason to lose a video."""
+    try:
+        return tell()
+    except Exception:
+        host.log.debug("no outlook", exc_info=True)
+        return None
+
+
+def at_the_node(patcher: Any, row: VideoModel, network: Any, name: str, config: MethodConfig) -> str | None:
+    """The line when the node is executed: no video is known yet."""
+    def tell() -> str | None:
+        prospect = prospect_of(patcher, row, network)
+        if prospect is None:
+            return None
+        rates = prospect.rates(config.backend)
+        shares = ", ".join(f"{prospect.step(tokens).attention_share(rates):.0%} at {tokens:,}" for tokens in _EXAMPLES)
+        least = least_tokens(config, prospect.device)
+        return (
+            f"{name} · {row.name}, {prospect.layers} layers · attention is about {shares} tokens of a step here · "
+            f"not worth it below {least:,} tokens, which stay dense"
+        )
+
+    return _quiet(tell)
+
+
+def at_the_start(patcher: Any, row: VideoModel, network: Any, session: Session, latent: tuple[int, ...]) -> str | None:
+    """The line when sampling starts. latent: [B, C, T, H, W]. The gain goes on record."""
+    def tell() -> str | None:
+        if len(latent) != 5:
+            return None
+        name, config, schedule = session.method.NAME, session.config, session.schedule
+        prospect = prospect_of(patcher, row, network)
+        if prospect is None:
+            return None
+        tokens = math.prod(grid_of(latent, row.patch(network)))
+        least = least_tokens(config, prospect.device)
+        start = f"{name} starts · {tokens:,} video tokens, {prospect.layers} layers"
+        if tokens < least:
+            return f"{start} · not worth it: below {least:,} tokens (min_tokens) all stay dense"
+        ranges = parse_layers(config.dense_layers)
+        dense_layers = sum(in_layers(layer, ranges, prospect.layers) for layer in range(prospect.layers))
+        sparse_steps = max(0, schedule.steps - schedule.warmup - schedule.end)
+        start += f" · {prospect.layers - dense_layers} of them sparse in up to {sparse_steps} of {schedule.steps} steps"
+        rates = prospect.rates(config.backend)
+        gain = cost.expected_gain(prospect.step(tokens), rates, config.sparsity, schedule.steps, sparse_steps, dense_layers)
+        session.record.expected = gain
+        share = f"attention is about {gain.attention_share:.0%} of a step here"
+        if gain.high < cost.WORTH:
+            return f"{start} · hardly worth it: {share}"
+        low, high = (f"{max(1.0, value):.1f}" for value in (gain.low, gain.high))
+        expect = f"{low} to {high}" if low != high else f"about {high}"
+        return f"{start} · {share}: expect {expect} times the speed (reckoned from the model's size and speeds measured on this device)"
+
+    return _quiet(tell)
