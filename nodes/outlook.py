@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..attention import cost
 from ..attention.config import MethodConfig
@@ -17,6 +18,7 @@ from ..attention.schedule import in_layers, parse_layers
 from ..attention.session import Session
 from . import host
 from .model_row import VideoModel, grid_of
+from .video_models import find, latent_shape, network_of
 
 # Weights that tokens of the video do not pass: of modulation, embeddings, text and other streams, and of the keys and values of cross-attention.
 _NOT_PER_TOKEN = re.compile(
@@ -48,8 +50,10 @@ class Prospect:
         return cost.rates_of(self.device, self.dtype, self.head_dim, attention, name, backend)
 
 
-def prospect_of(patcher: Any, row: VideoModel, network: Any) -> Prospect | None:
+def prospect_of(patcher: Any) -> Prospect | None:
     """What is known of a model before it runs; None where its row does not say how its attention is made."""
+    network = network_of(patcher)
+    row = find(network)
     layers = row.layers(network) if row.heads is not None else None
     if not layers:
         return None
@@ -66,33 +70,34 @@ def _quiet(tell: Callable[[], str | None]) -> str | None:
         return None
 
 
-def at_the_node(patcher: Any, row: VideoModel, network: Any, name: str, config: MethodConfig) -> str | None:
+def at_the_node(patcher: Any, name: str, config: MethodConfig) -> str | None:
     """The line when the node is executed: no video is known yet."""
     def tell() -> str | None:
-        prospect = prospect_of(patcher, row, network)
+        prospect = prospect_of(patcher)
         if prospect is None:
             return None
         rates = prospect.rates(config.backend)
         shares = ", ".join(f"{prospect.step(tokens).attention_share(rates):.0%} at {tokens:,}" for tokens in _EXAMPLES)
         least = least_tokens(config, prospect.device)
         return (
-            f"{name} · {row.name}, {prospect.layers} layers · attention is about {shares} tokens of a step here · "
+            f"{name} · {prospect.row.name}, {prospect.layers} layers · attention is about {shares} tokens of a step here · "
             f"not worth it below {least:,} tokens, which stay dense"
         )
 
     return _quiet(tell)
 
 
-def at_the_start(patcher: Any, row: VideoModel, network: Any, session: Session, latent: tuple[int, ...]) -> str | None:
-    """The line when sampling starts. latent: [B, C, T, H, W]. The gain goes on record."""
+def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, latent_shapes: list | None = None, **kwargs: Any) -> str | None:
+    """The line when sampling starts, from what OUTER_SAMPLE is given. The gain goes on record."""
     def tell() -> str | None:
+        latent = latent_shape(noise, {"latent_shapes": latent_shapes})
         if len(latent) != 5:
             return None
         name, config, schedule = session.method.NAME, session.config, session.schedule
-        prospect = prospect_of(patcher, row, network)
+        prospect = prospect_of(patcher)
         if prospect is None:
             return None
-        tokens = math.prod(grid_of(latent, row.patch(network)))
+        tokens = math.prod(grid_of(latent, prospect.row.patch(prospect.network)))
         least = least_tokens(config, prospect.device)
         start = f"{name} starts · {tokens:,} video tokens, {prospect.layers} layers"
         if tokens < least:

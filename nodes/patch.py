@@ -78,8 +78,7 @@ def install(model: Any, method: ModuleType, config: MethodConfig, node_id: str |
     log = RunLog()
     patched.set_attachments(host.KEY, log)
     note = f"An earlier sparse attention patch on this model gave way to this {method.NAME} one" if replaced else None
-    network = _network_of(patched)
-    lines = [note, outlook.at_the_node(patched, video_models.find(network), network, method.NAME, config)]
+    lines = [note, outlook.at_the_node(patched, method.NAME, config)]
     if any(lines):
         host.show_text(" · ".join(line for line in lines if line), node_id)
     patched.add_wrapper_with_key(host.OUTER_SAMPLE, host.KEY, _Run(method, config, node_id, log, note))
@@ -111,7 +110,7 @@ class _Run:
         asked = guider.model_patcher.get_attachment(PROBE)
         probe = Probe(asked, session) if isinstance(asked, ProbeConfig) else None
         status = StatusLine(self.node_id)
-        status.begin(self._outlook(guider, session, *args, **kwargs))
+        status.begin(outlook.at_the_start(guider.model_patcher, session, *args, **kwargs))
         transformer_options = options.setdefault("transformer_options", {})
         override = _make_override(session, transformer_options.get(host.OVERRIDE))
         transformer_options[host.OVERRIDE] = override
@@ -145,19 +144,13 @@ class _Run:
                 session.note(f"the pattern of this run could not be kept ({type(error).__name__}: {error})")
         self.log.keep_pattern(session.record.node, pattern)
 
-    def _outlook(self, guider: Any, session: Session, noise: Tensor, *args: Any, latent_shapes: list | None = None, **kwargs: Any) -> str | None:
-        """What to tell when sampling starts."""
-        network = _network_of(guider.model_patcher)
-        latent = video_models.latent_shape(noise, {"latent_shapes": latent_shapes})
-        return outlook.at_the_start(guider.model_patcher, video_models.find(network), network, session, latent)
-
     def _session(
         self, guider: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor,
         denoise_mask: Any = None, callback: Any = None, disable_pbar: bool = False, seed: int | None = None, **kwargs: Any,
     ) -> Session:
         """A fresh session. Thresholds are read now, since a later node may have changed the model's sampling."""
         sampling = guider.model_patcher.get_model_object("model_sampling")
-        network = _network_of(guider.model_patcher)
+        network = video_models.network_of(guider.model_patcher)
         row = video_models.find(network)
         layers, automatic, source = _facts(row, network, self.method)
         config = self.config.resolved(automatic)
@@ -193,10 +186,6 @@ def _start_from(pattern: Pattern, session: Session, schedule: Schedule) -> None:
             reason = "its settings are damaged"
     if reason is not None:
         session.say_refused(pattern, reason)
-
-
-def _network_of(patcher: Any) -> Any:
-    return video_models.plain(patcher.get_model_object("diffusion_model"))
 
 
 def _facts(row: VideoModel, network: Any, method: ModuleType) -> tuple[int | None, Automatic, str | None]:

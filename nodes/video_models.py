@@ -314,6 +314,11 @@ def plain(network: Any) -> Any:
     return getattr(network, "_orig_mod", network)
 
 
+def network_of(patcher: Any) -> Any:
+    """The diffusion model of a ModelPatcher, without torch.compile's wrapper."""
+    return plain(patcher.get_model_object("diffusion_model"))
+
+
 def find(network: Any) -> VideoModel:
     """The row of a diffusion model, by its class; one that is inferred, where it has none. torch.compile's wrapper is looked through."""
     kind = type(plain(network)).__name__

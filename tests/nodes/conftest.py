@@ -169,7 +169,7 @@ def host(_host, monkeypatch, request):
     """
     if not getattr(request.module, "TELLS_BEFORE", False):
         for name in ("at_the_node", "at_the_start"):
-            monkeypatch.setattr(_host.module("outlook"), name, lambda *_: None)
+            monkeypatch.setattr(_host.module("outlook"), name, lambda *_, **__: None)
     shown = _host.shown = []
     server = importlib.import_module("server")
 

@@ -83,7 +83,7 @@ def test_every_model_says_how_its_attention_is_made(host, load, name):
 
     model.model_options["transformer_options"]["optimized_attention_override"] = watch
     zoo.sample(model, case, case.sizes[1], steps=1)
-    assert seen == {heads * head_dim} and host.module("outlook").prospect_of(model, row, network).weights > 0
+    assert seen == {heads * head_dim} and host.module("outlook").prospect_of(model).weights > 0
 
 
 def test_what_cannot_be_reckoned_is_left_out(host, load, monkeypatch):
