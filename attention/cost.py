@@ -11,7 +11,6 @@ attention, and sparse calls slower by LEFT_OUT, make its lower end. The upper en
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ _TOKENS = {"cpu": 2048, "gpu": 8192}
 _HEADS = {"cpu": 2, "gpu": 8}
 _WIDTH = {"cpu": 512, "gpu": 4096}
 _DENSITY = 0.25
-_REPEATS = 3
+_REPEATS = 5
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -131,7 +130,7 @@ def _measure(device: torch.device, dtype: torch.dtype, head_dim: int, attention:
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Median seconds of a call, after one that compiles and warms up."""
+    """Seconds of a call at its quickest, after one that compiles and warms up: other work on the machine only ever adds."""
     def once() -> float:
         start = time.perf_counter()
         call()
@@ -140,4 +139,4 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
         return time.perf_counter() - start
 
     once()
-    return statistics.median(once() for _ in range(_REPEATS))
+    return min(once() for _ in range(_REPEATS))

@@ -24,6 +24,8 @@ from .video_models import find, latent_shape, network_of
 _NOT_PER_TOKEN = re.compile(
     r"mod|adaln|ada_|time|emb|context|txt|text|caption|audio|vace|face|motion|music|refiner|connector|cross_attn\.(k|v)|attn2\.to_(k|v)|final|head\.",
 )
+# From this share of a step on it is not attention's share that makes a run not worth it.
+_MUCH = 0.3
 # What a video of today has at low and at high resolution; for the line at the node, where no video is known yet.
 _EXAMPLES = (16_384, 65_536)
 
@@ -79,10 +81,8 @@ def at_the_node(patcher: Any, name: str, config: MethodConfig) -> str | None:
         rates = prospect.rates(config.backend)
         shares = ", ".join(f"{prospect.step(tokens).attention_share(rates):.0%} at {tokens:,}" for tokens in _EXAMPLES)
         least = least_tokens(config, prospect.device)
-        return (
-            f"{name} · {prospect.row.name}, {prospect.layers} layers · attention is about {shares} tokens of a step here · "
-            f"not worth it below {least:,} tokens, which stay dense"
-        )
+        line = f"{name} · {prospect.row.name}, {prospect.layers} layers · attention is about {shares} tokens of a step here"
+        return f"{line} · not worth it below {least:,} tokens, which stay dense" if least else line
 
     return _quiet(tell)
 
@@ -101,7 +101,7 @@ def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, late
         least = least_tokens(config, prospect.device)
         start = f"{name} starts · {tokens:,} video tokens, {prospect.layers} layers"
         if tokens < least:
-            return f"{start} · not worth it: below {least:,} tokens (min_tokens) all stay dense"
+            return f"{start} · not worth it: below {least:,} tokens (min_tokens), its text counted, calls stay dense"
         ranges = parse_layers(config.dense_layers)
         dense_layers = sum(in_layers(layer, ranges, prospect.layers) for layer in range(prospect.layers))
         sparse_steps = max(0, schedule.steps - schedule.warmup - schedule.end)
@@ -111,7 +111,8 @@ def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, late
         session.record.expected = gain
         share = f"attention is about {gain.attention_share:.0%} of a step here"
         if gain.high < cost.WORTH:
-            return f"{start} · hardly worth it: {share}"
+            slow = f"{share}, but sparse calls were measured to be hardly faster than dense ones" if gain.attention_share > _MUCH else share
+            return f"{start} · hardly worth it: {slow}"
         low, high = (f"{max(1.0, value):.1f}" for value in (gain.low, gain.high))
         expect = f"{low} to {high}" if low != high else f"about {high}"
         return f"{start} · {share}: expect {expect} times the speed (reckoned from the model's size and speeds measured on this device)"

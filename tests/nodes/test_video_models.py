@@ -143,9 +143,11 @@ def test_the_picture_names_the_stacks(host):
         "method": "AdaSpa", "model": "Wan VACE", "outcome": "finished", "asked_sparsity": 0.5, "achieved_sparsity": 0.5, "run_sparsity": 0.25,
         "sparse_calls": 3, "dense_calls": 3, "reasons": {}, "tokens": 576, "steps": 2, "backend": "torch", "notes": [], "search_steps": [0],
         "layer_names": names, "sparsity_by_layer_and_step": [[0.0, 0.5]] * 3,
+        "calls_by_step": {"sparse": [0, 3], "dense": [3, 0]}, "layout": {"prefix": 0, "frames": 9, "height": 8, "width": 8},
+        "costs": {"call_ms_by_layer": {name: {"sparse": 1.0, "dense": 2.0} for name in names}},
     }
     for key in ("recall_by_layer_and_head", "temporal_share_by_layer_and_head"):
-        image = module.draw({**record, key: {name: [0.5, 1.0] for name in names}})
+        image = module.draw({**record, key: {name: [0.5, 1.0] for name in names}}, module.Mask(2, 0, torch.eye(64, dtype=torch.bool)))
         assert image.std() > 0.02
 
 
