@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.methods import adaspa
-from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input
+from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, told_its_id
 from .patch import install
 
 
@@ -44,7 +44,7 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
                 ]),
             ],
             outputs=[io.Model.Output(tooltip="The model; sample it as usual.")],
-            hidden=[io.Hidden.unique_id],
+            **told_its_id(),
         )
 
     @classmethod

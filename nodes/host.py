@@ -17,6 +17,8 @@ APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 OVERRIDE = "optimized_attention_override"
 # Our name in everything of the host's that is shared by name.
 KEY = "sparse_video_attention"
+# What the panel on the patch nodes listens to; the same word stands in web/panel.js.
+RUN_EVENT = KEY + ".run"
 
 log = logging.getLogger(KEY)
 
@@ -63,8 +65,25 @@ def executing_node() -> str | None:
     return None if context is None else str(context.node_id)
 
 
-def show_text(text: str, node_id: str | None) -> None:
-    """Writes a line on a node, in the browser that queued the prompt. Without a server or a node it does nothing."""
+def _running_workflow() -> str | None:
+    """The id of the workflow whose prompt runs now; None where the host does not tell, or the prompt came without one."""
+    try:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        prompt_id = getattr(get_executing_context(), "prompt_id", None)
+        running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+        found = next(item[3]["extra_pnginfo"]["workflow"]["id"] for item in running if item[1] == prompt_id)
+    except Exception:  # whatever is missing: the panel then goes by the node's id alone
+        return None
+    return found if isinstance(found, str) else None
+
+
+def show_text(text: str, node_id: str | None, figures: dict | None = None) -> None:
+    """Writes a line on a node, in the browser that queued the prompt. Without a server or a node it does nothing.
+
+    The panel of web/panel.js gets the line first, with these figures (plain data); it then holds the text itself back.
+    """
     if node_id is None:
         return
     try:
@@ -75,6 +94,9 @@ def show_text(text: str, node_id: str | None) -> None:
         return
     if server is not None:
         try:
+            if hasattr(server, "send_sync"):
+                told = {"state": "note", **(figures or {}), "node": node_id, "workflow": _running_workflow(), "line": text}
+                server.send_sync(RUN_EVENT, told, server.client_id)
             server.send_progress_text(text, node_id, server.client_id)
         except Exception:  # a line that cannot be shown is no reason to lose a video
             log.warning("could not show the status line on node %s", node_id, exc_info=True)

@@ -14,6 +14,15 @@ _MANY = 10_000
 _LEAST_TOKENS = " or ".join(f"{tokens:,}" for tokens in sorted(set(MIN_TOKENS.values())))
 
 
+def told_its_id(*more: io.Hidden) -> dict:
+    """What the schema of a node says that is told its own id, and more.
+
+    The id is then part of the key of ComfyUI's cache, so that a copy of a node is not served the first one's output, whose words go to
+    the first one's id.
+    """
+    return {"hidden": [io.Hidden.unique_id, *more], "not_idempotent": True}
+
+
 def model_input() -> io.Input:
     return io.Model.Input("model", tooltip="A video diffusion model. LoRAs, shifts and caches may stand on either side of this node.")
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..attention.pattern import Pattern
 from . import host, pattern_files, video_models
-from .inputs import CATEGORY
+from .inputs import CATEGORY, told_its_id
 from .patch import PATTERN, RunLog, method_of
 from .report import find_record
 
@@ -40,7 +40,7 @@ class SparseAttentionSavePattern(io.ComfyNode):
                 io.Latent.Output(display_name="samples", tooltip="The same latent."),
                 io.String.Output(display_name="path", tooltip="Where the file is; empty where none was written, and the node says why."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            **told_its_id(io.Hidden.prompt),
             is_output_node=True,
         )
 
@@ -107,7 +107,7 @@ class SparseAttentionLoadPattern(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; its runs start from the pattern.")],
-            hidden=[io.Hidden.unique_id],
+            **told_its_id(),
         )
 
     @classmethod

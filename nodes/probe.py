@@ -11,7 +11,7 @@ from ..attention.config import AUTOMATIC, AUTOMATIC_LAYERS
 from ..attention.probe import CONTINUE_CHOICES, SCHEMA, ProbeConfig, ProbeRecord, Suggestion, suggest
 from ..attention.record import LayerKey, RunRecord, name_of_layer
 from . import host
-from .inputs import CATEGORY
+from .inputs import CATEGORY, told_its_id
 from .patch import PROBE, RunLog
 from .report import find_record
 
@@ -59,7 +59,7 @@ class SparseAttentionProbe(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model; sample it as usual. The run is slower than without this node.")],
-            hidden=[io.Hidden.unique_id],
+            **told_its_id(),
         )
 
     @classmethod
@@ -101,7 +101,7 @@ class SparseAttentionProbeResults(io.ComfyNode):
                 io.String.Output(display_name="dense_layers", tooltip="The suggestion: connect it to dense_layers of a patch node."),
                 io.Float.Output(display_name="sparsity", tooltip="The suggestion: connect it to sparsity of a patch node."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            **told_its_id(io.Hidden.prompt),
             is_output_node=True,  # so that it tells what was found with nothing after it
         )
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.record import SCHEMA, RunRecord
 from . import host
-from .inputs import CATEGORY
+from .inputs import CATEGORY, told_its_id
 from .patch import RunLog
 from .report_picture import Mask, draw, draw_message
 
@@ -40,7 +40,7 @@ class SparseAttentionReport(io.ComfyNode):
                 io.Image.Output(display_name="picture", tooltip="Skipped share by layer and step, what the method found, a block mask, times."),
                 io.String.Output(display_name="json", tooltip="The record as JSON."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            **told_its_id(io.Hidden.prompt),
             is_output_node=True,  # so that it runs, and shows its picture, with nothing after it
         )
 

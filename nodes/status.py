@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from ..attention.config import MethodConfig
@@ -26,6 +27,22 @@ def closing_line(record: RunRecord) -> str:
     return f"{start} · {_figures(record)}{whole}{_notes(record)}"
 
 
+def figures(record: RunRecord) -> dict:
+    """The same for the panel, as plain data. asked and achieved: shares of pairs skipped, the latter over the sparse calls.
+
+    state: "running", "done", "warning" (nothing ran sparse) or "stopped".
+    """
+    state = {"running": "running", "finished": "done"}.get(record.outcome, "stopped")
+    if state == "done" and record.sparse_calls == 0:
+        state = "warning"
+    achieved = record.achieved_sparsity
+    return {
+        "state": state, "method": record.method, "step": min(record.step + 1, record.steps), "steps": record.steps,
+        "asked": record.asked_sparsity, "achieved": achieved if math.isfinite(achieved) else None,  # JSON has no word for NaN
+        "sparse_calls": record.sparse_calls, "dense_calls": record.dense_calls,
+    }
+
+
 def _figures(record: RunRecord) -> str:
     parts = []
     if record.sparse_calls:
@@ -45,9 +62,14 @@ def _spread(record: RunRecord) -> list[str]:
 
 def _costs(record: RunRecord) -> list[str]:
     """Milliseconds of a call of each kind, and the memory that plans take."""
-    times = [f"{took:.3g} ms a {kind} call" for kind in KINDS if (took := record.call_ms(kind)) is not None]
+    times = [f"{_figure(took)} ms a {kind} call" for kind in KINDS if (took := record.call_ms(kind)) is not None]
     memory = [f"{record.plan_bytes / 2**20:.3g} MiB of plans"] if record.plan_bytes else []
     return [", ".join(times + memory)] if record.sparse_calls and times else memory if record.sparse_calls else []
+
+
+def _figure(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _notes(record: RunRecord) -> str:
@@ -58,9 +80,9 @@ def _notes(record: RunRecord) -> str:
 _HINTS = {
     "min_tokens": "Raise the resolution or length, or lower min_tokens.",
     "search step": "The run ended with AdaSpa's search: use more steps.",
+    "dense layer": "Shorten dense_layers.",
     "warm-up": "Lower warmup_steps or use more steps.",
     "last steps": "Lower end_steps.",
-    "dense layer": "Shorten dense_layers.",
 }
 
 
@@ -102,10 +124,10 @@ class StatusLine:
     def show(self, record: RunRecord) -> None:
         """The live line; for when it is due."""
         self._next = time.monotonic() + _SECONDS_BETWEEN
-        host.show_text(line(record), self.node_id)
+        host.show_text(line(record), self.node_id, figures(record))
 
     def close(self, record: RunRecord) -> None:
         """The closing line, always; also in the log, for those who run without a browser."""
         text = closing_line(record)
-        host.show_text(text, self.node_id)
+        host.show_text(text, self.node_id, figures(record))
         (host.log.warning if text.startswith("⚠") else host.log.info)(text)

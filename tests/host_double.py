@@ -151,6 +151,7 @@ class _Schema:
     description: str = ""
     search_aliases: list = field(default_factory=list)
     is_output_node: bool = False
+    not_idempotent: bool = False
 
 
 class ComfyNode:

@@ -81,7 +81,7 @@ def test_the_archive_holds_what_runs_and_nothing_else():
     everything = tracked | files("--others", "--exclude-standard")
     shipped = everything - files("--cached", "--others", "--ignored", "--exclude-from=.comfyignore")
     needed = {"__init__.py", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "requirements.txt"}
-    rooms = ("assets/", "attention/", "kernels/", "locales/", "nodes/", "subgraphs/", "web/", "workflows/")
+    rooms = ("assets/", "attention/", "docs/", "kernels/", "locales/", "nodes/", "subgraphs/", "web/", "workflows/")
     assert needed | {path for path in everything if path.startswith(rooms)} <= shipped
     assert [path for path in shipped & tracked if not path.startswith(rooms) and path not in needed] == []
     assert all(any(path.startswith(room) for path in shipped) for room in rooms if (ROOT / room).is_dir())

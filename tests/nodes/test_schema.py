@@ -141,3 +141,10 @@ def test_the_part_of_dense_layers_that_does_not_parse_is_named(host, text, part)
 def test_an_unknown_setting_is_refused(host, name):
     with pytest.raises(TypeError, match="no_such_knob"):
         host.execute(name, {"model": host.load("wan"), "no_such_knob": 1}, "5")
+
+
+def test_a_node_that_is_told_its_id_is_cached_by_it(host):
+    """Else a copy of a patch is served the first one's output, and its line goes to the first one."""
+    for node in importlib.import_module("pack.nodes").NODES:
+        schema = node.GET_SCHEMA()
+        assert schema.not_idempotent == ("unique_id" in {hidden.name for hidden in schema.hidden}), node.__name__

@@ -1,8 +1,10 @@
 """The words on the node while sampling and when a run ends, and the same in the log."""
 
 import itertools
+import json
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +34,8 @@ def clock(host, monkeypatch):
 def _measured(record):
     """The parts of a line that are measured, or differ by head."""
     low, middle, high = (f"{share:.0%}" for share in record.head_percentiles())
-    times = [f"{record.call_ms(kind):.3g} ms a {kind} call" for kind in ("sparse", "dense", "search") if record.call_ms(kind) is not None]
+    took = {kind: record.call_ms(kind) for kind in ("sparse", "dense", "search")}
+    times = [f"{ms:,.0f} ms a {kind} call" if ms >= 100 else f"{ms:.3g} ms a {kind} call" for kind, ms in took.items() if ms is not None]
     memory = [f"{record.plan_bytes / 2**20:.3g} MiB of plans"] if record.plan_bytes else []
     return ([] if low == high else [f"heads {low} to {high}, median {middle}"]) + [", ".join(times + memory)]
 
@@ -46,7 +49,7 @@ def test_the_live_line_comes_at_most_twice_a_second(host, method, clock):
 
     patched = host.patch(method, host.load("wan"), sparsity=0.4)
     right = host.module("host").show_text
-    host.module("host").show_text = lambda text, node: (times.append(clock.now), right(text, node))
+    host.module("host").show_text = lambda text, *rest: (times.append(clock.now), right(text, *rest))
     try:
         host.sample(patched, "wan", steps=12, callback=tick)
     finally:
@@ -95,10 +98,10 @@ def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
     "settings, frames, advice",
     [
         ({"warmup_steps": 4}, 9, "use more steps."), ({"end_steps": 4, "warmup_steps": 0}, 9, "Lower end_steps."),
-        ({"dense_layers": "0-1", "warmup_steps": 0}, 9, "Shorten dense_layers."), ({"min_tokens": 5000}, 9, "lower min_tokens."),
-        ({}, 1, "Reason: one latent frame: there are no other frames to skip."),
+        ({"dense_layers": "0-1", "warmup_steps": 0}, 9, "Shorten dense_layers."), ({"dense_layers": "0-1"}, 9, "Shorten dense_layers."),
+        ({"min_tokens": 5000}, 9, "lower min_tokens."), ({}, 1, "Reason: one latent frame: there are no other frames to skip."),
     ],
-    ids=["warm-up", "last steps", "dense layers", "min_tokens", "one frame"],
+    ids=["warm-up", "last steps", "dense layers", "dense layers after a warm-up", "min_tokens", "one frame"],
 )
 def test_a_run_with_no_sparse_call_ends_with_a_warning_and_advice(host, method, settings, frames, advice, caplog):
     patched = host.patch(method, host.load("wan"), **settings)
@@ -180,3 +183,73 @@ def test_the_text_fits_the_real_servers_function(host):
     import server
 
     inspect.signature(server.PromptServer.send_progress_text).bind(None, "text", "5", "client")
+
+
+@pytest.fixture
+def told(host, monkeypatch):
+    """The events for the panel as they are sent: (name, data, client), and each line of text between them."""
+    import server
+
+    sent, instance = [], server.PromptServer.instance
+    monkeypatch.setattr(instance, "send_sync", lambda name, data, sid=None: sent.append((name, data, sid)), raising=False)
+    text = instance.send_progress_text
+    monkeypatch.setattr(instance, "send_progress_text", lambda line, *rest: (sent.append(line), text(line, *rest)))
+    return sent
+
+
+@every_method
+def test_the_panel_is_told_the_figures_of_the_record_before_each_line(host, method, told, clock):
+    def tick(*_):
+        clock.now += 0.3
+
+    patched = host.patch(method, host.load("wan"), sparsity=0.4)
+    host.sample(patched, "wan", steps=6, callback=tick)
+    record, events, lines = host.record(patched), told[::2], told[1::2]
+    assert len(events) == len(lines) == 4, "6 evaluations, 0.3 s apart: at 0, 0.6 and 1.2 s, and the end"
+    assert [data["line"] for _, data, _ in events] == lines == [line.text for line in host.shown]
+    assert {(name, sid, data["node"]) for name, data, sid in events} == {("sparse_video_attention.run", "client", "5")}
+    assert [(data["state"], data["step"], data["steps"]) for _, data, _ in events] == [("running", step, 6) for step in (1, 3, 5)] + [("done", 6, 6)]
+    last = json.loads(json.dumps(events[-1][1], allow_nan=False))
+    assert (last["asked"], last["achieved"]) == (record.asked_sparsity, record.achieved_sparsity) and last["achieved"] > 0
+    assert (last["sparse_calls"], last["dense_calls"]) == (record.sparse_calls, record.dense_calls)
+
+
+@every_method
+def test_the_panel_is_told_how_a_run_ended(host, method, told):
+    host.sample(host.patch(method, host.load("wan")), "wan", frames=1)
+    assert told[-2][1]["state"] == "warning" and told[-1].startswith("⚠")
+
+    def fail(*_):
+        raise host.interrupt()
+
+    with pytest.raises(host.interrupt):
+        host.sample(host.patch(method, host.load("wan")), "wan", callback=fail)
+    assert told[-2][1]["state"] == "stopped"
+
+
+def test_the_panel_is_told_which_workflow_runs(host, told, monkeypatch):
+    """From the prompt that runs; a prompt sent by a program has no workflow."""
+    import server
+
+    def running(prompt_id, workflow):
+        of = {"another": {"id": "not this"}, prompt_id: workflow}
+        prompts = [(number, prompt, {}, {"extra_pnginfo": {"workflow": of[prompt]}}) for number, prompt in enumerate(of)]
+        queue = SimpleNamespace(get_current_queue_volatile=lambda: (prompts, []))
+        monkeypatch.setattr(server.PromptServer.instance, "prompt_queue", queue, raising=False)
+        host.sample(host.patch("svg", host.load("wan")), "wan")
+        return {data["workflow"] for _, data, _ in told[::2]}
+
+    from comfy_execution.utils import get_executing_context
+
+    with host.executing("6"):
+        prompt_id = get_executing_context().prompt_id
+    assert running(prompt_id, {"id": "an id"}) == {"an id"}
+    told.clear()
+    assert running(prompt_id, {}) == {None}
+
+
+def test_the_panels_script_listens_to_what_is_sent(host):
+    script = (Path(__file__).resolve().parents[2] / "web" / "panel.js").read_text(encoding="utf-8")
+    assert f'const EVENT = "{host.module("host").RUN_EVENT}";' in script
+    names = re.search(r"NODES = new Set\(\[(.*)\]\)", script)[1]
+    assert re.findall(r'"(\w+)"', names) == ["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]

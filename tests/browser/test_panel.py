@@ -1,0 +1,162 @@
+"""The panel on the patch nodes, in a real browser on a real ComfyUI, in both designs of nodes."""
+
+import itertools
+import json
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+SVG, ADASPA = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"
+# The videos are short, and every layer is to take part.
+ALL = {"dense_layers": "", "sparsity": 0.4}
+NODE = "app.graph.getNodeById({})"
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+_seeds = itertools.count(5)
+
+
+def graph(steps=4, **patches):
+    """Text to video with tiny models: for each patch (n5=(id, settings)) a sampler and a report of its own. With a seed and min_tokens
+    of its own, or the host has the results of another test at hand.
+    """
+    seed = next(_seeds)
+    made = {
+        "1": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),
+        "2": node("TestConditioning", seed=1, width=4096, tokens=32, pooled=0, padded=False),
+        "3": node("TestConditioning", seed=2, width=4096, tokens=32, pooled=0, padded=False),
+        "4": node("EmptyHunyuanLatentVideo", width=256, height=128, length=33, batch_size=1),
+    }
+    for number, (kind, settings) in patches.items():
+        number = number.removeprefix("n")
+        made[number] = node(kind, model=["1", 0], **ALL | {"min_tokens": seed} | settings)
+        made[number + "1"] = node(
+            "KSampler", model=[number, 0], positive=["2", 0], negative=["3", 0], latent_image=["4", 0],
+            seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        )
+        made[number + "2"] = node("SparseAttentionReport", model=[number, 0], samples=[number + "1", 0])
+        made[number + "3"] = node("PreviewAny", source=[number + "2", 2])
+    return made
+
+
+def record(entry, number):
+    """The run's record, from the report of patch node `number`."""
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return json.loads(entry["outputs"][f"{number}3"]["text"][0])
+
+
+def assert_shows(panel, data):
+    """That a panel shows the end of the run whose record this is."""
+    achieved, asked = f"{data['achieved_sparsity']:.0%}", f"{data['asked_sparsity']:.0%}"
+    assert panel["state"] == "done" and panel["figures"] and panel["line_visible"]
+    assert panel["head"].split("\n") == [f"{achieved} skipped, {asked} asked", f"step {data['steps']}/{data['steps']}"]
+    assert (panel["fill"], panel["asked"]) == (achieved, asked)
+    assert f"{achieved} skipped (asked {asked}) · {data['sparse_calls']} sparse, {data['dense_calls']} dense calls" in panel["line"]
+    assert panel["width"] > 100 and panel["height"] > 30
+    assert panel["texts"] == 1, "the line is said once"
+
+
+def test_both_nodes_show_their_runs_from_start_to_end(page):
+    page.load(graph(24, n5=(SVG, {}), n7=(ADASPA, {"sparsity": 0.5})))
+    assert page.panel(NODE.format(5)) is None
+    page.queue()
+    page.page.wait_for_function('() => document.querySelector(".sva-panel[data-state=running][data-figures]")', timeout=60_000)
+    page.picture("running")
+    entry = page.finished()
+    page.picture("done")
+    for number in (5, 7):
+        assert_shows(page.panel(NODE.format(number)), record(entry, number))
+    told = page.page.evaluate("told")
+    for number in ("5", "7"):
+        states = [data["state"] for data in told if data["node"] == number]
+        assert states[0] == "note" and "running" in states and states[-1] == "done" and states.count("done") == 1
+        steps = [data["step"] for data in told if data["node"] == number and data["state"] == "running"]
+        assert steps == sorted(steps) and all(1 <= step <= 24 for step in steps)
+    workflow = page.page.evaluate("app.graph.id")
+    assert {data["workflow"] for data in told} == {workflow}
+    saved, prompt = page.page.evaluate("async () => [app.graph.serialize(), (await app.graphToPrompt()).output]")
+    assert "sparse_video_attention" not in json.dumps(saved).replace("sparse_video_attention_", "")
+    assert set(prompt["5"]["inputs"]) == set(page.server.get(f"/object_info/{SVG}")[SVG]["input_order"]["required"]) | set(
+        page.server.get(f"/object_info/{SVG}")[SVG]["input_order"]["optional"]
+    )
+    assert page.errors == []
+
+
+def test_a_run_with_no_sparse_call_looks_like_a_warning(page):
+    page.load(graph(n5=(SVG, {"warmup_steps": 4}), n7=(SVG, {})))
+    page.queue()
+    entry = page.finished()
+    page.picture("warning")
+    data, panel, good = record(entry, 5), page.panel(NODE.format(5)), page.panel(NODE.format(7))
+    assert data["sparse_calls"] == 0
+    assert panel["state"] == "warning" and panel["line"].startswith("⚠ SVG: nothing ran sparse.") and panel["texts"] == 1
+    assert panel["head"].startswith("0% skipped, 40% asked") and panel["colour"] != good["colour"]
+
+
+def test_a_node_in_a_subgraph_shows_its_run(page):
+    page.load(graph(n5=(SVG, {})))
+    page.page.evaluate("() => { window.made = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(5)])); }")
+    page.queue()
+    entry = page.finished()
+    told = page.page.evaluate("told")
+    assert all(":" in data["node"] for data in told) and told[-1]["state"] == "done"
+    page.page.evaluate("() => app.canvas.openSubgraph(made.subgraph, made.node)")
+    page.page.wait_for_timeout(1000)
+    page.picture("subgraph")
+    assert_shows(page.panel("made.subgraph.nodes[0]"), record(entry, 5))
+
+
+def test_removed_collapsed_and_foreign_nodes_and_another_workflow(page):
+    page.load(graph(n5=(SVG, {}), n7=(ADASPA, {})))
+    page.queue()
+    entry = page.finished()
+    first = page.page.evaluate("app.graph.serialize()")
+    page.page.evaluate(f"() => {{ {NODE.format(5)}.collapse(); app.graph.remove({NODE.format(7)}); }}")
+    page.page.wait_for_timeout(500)
+    page.picture("collapsed")
+    send = """(data) => app.api.dispatchCustomEvent("sparse_video_attention.run", data)"""
+    about = {"state": "running", "line": "a line", "workflow": first["id"], "step": 1, "steps": 4, "asked": 0.4, "achieved": 0.1}
+    for number in ("7", "99", "4", "5:7", "51:3", "", "no number"):  # removed, unknown, of another kind
+        page.page.evaluate(send, about | {"node": number})
+    for odd in (None, {}, {"node": "5"}, {"node": "5", "line": 3}):
+        page.page.evaluate(send, odd)
+    assert page.page.evaluate("app.graph.nodes.filter((node) => node.widgets?.some((w) => w.type.startsWith('sparse_video'))).length") == 1
+    panel = page.panel(NODE.format(5))
+    assert panel["state"] == "done" and f"{record(entry, 5)['sparse_calls']} sparse" in panel["line"]
+    page.load(graph(n5=(SVG, {})))
+    assert page.page.evaluate("app.graph.id") != first["id"]
+    page.page.evaluate(send, about | {"node": "5"})
+    assert page.panel(NODE.format(5)) is None, "another workflow's run"
+    page.page.evaluate("(data) => app.loadGraphData(data)", first)
+    page.page.wait_for_timeout(700)
+    assert page.panel(NODE.format(5))["line"] == "a line", "the newest of its own run"
+    assert page.errors == []
+
+
+def test_after_a_reload_in_mid_run_the_next_event_brings_the_panel(page):
+    page.load(graph(60, n5=(SVG, {})))
+    page.page.wait_for_timeout(1500)  # the page keeps a draft of the workflow
+    page.queue()
+    page.page.wait_for_function("() => told.some((data) => data.state === 'running')", timeout=60_000)
+    page.reload()
+    entry = page.finished()
+    page.picture("reloaded")
+    assert_shows(page.panel(NODE.format(5)), record(entry, 5))
+
+
+def test_without_the_script_the_text_is_there_and_nothing_breaks(page):
+    page.page.route("**/panel.js*", lambda route: route.abort())
+    page.reload()
+    page.load(graph(n5=(SVG, {})))
+    page.queue()
+    record(page.finished(), 5)
+    page.picture("without")
+    assert page.panel(NODE.format(5)) is None
+    texts = page.page.evaluate("texts")
+    assert texts and texts[-1]["text"].startswith("SVG · done")
+    assert page.page.evaluate(f"{NODE.format(5)}.widgets.some((widget) => widget.name === '$$node-text-preview')")
+    assert page.errors == []
