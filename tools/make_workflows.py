@@ -1,0 +1,517 @@
+"""Makes the files of workflows/: builds each graph in a real ComfyUI's own frontend, saves it as the frontend does, and takes its picture.
+
+    COMFYUI_PATH=... COMFYUI_PYTHON=... PLAYWRIGHT_CORE=.../node_modules/playwright-core python tools/make_workflows.py [--check] [NAME ...]
+
+--check writes nothing: it opens every file in both of the frontend's node designs, and fails where a node is missing, a link is
+lost, a value changes, or the server finds an error. OUT: another folder than workflows/. Needs Chromium and node.
+
+Settings and files are those of ComfyUI's own templates for each model. Empty files stand for the models, so that the server can
+check every value of a graph but cannot run it.
+"""
+
+# ruff: noqa: E501, RUF001  -- notes and prompts as they stand in the files, and Chinese
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from comfy_server import ROOT, ComfyServer
+
+HUB = "https://huggingface.co"
+WAN21, WAN22 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files", f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+HUNYUAN, H3 = f"{HUB}/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files", f"{HUB}/Comfy-Org/MiniMax-H3/resolve/main"
+LTX2, LTX2_COMFY = f"{HUB}/Lightricks/LTX-2/resolve/main", f"{HUB}/Comfy-Org/ltx-2/resolve/main/split_files"
+
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+FOX = "a fox moving quickly in a beautiful winter scenery nature trees mountains daytime tracking camera"
+SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
+SEED = 82628696717253
+
+
+def file(base: str, directory: str, name: str, folder: str | None = None) -> dict:
+    """A model file as the frontend's loaders name it; `folder` is where it lies in its repository."""
+    return {"name": name, "url": "/".join(part for part in (base, directory if folder is None else folder, name) if part), "directory": directory}
+
+
+UMT5 = file(WAN21, "text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+WAN_VAE = file(WAN21, "vae", "wan_2.1_vae.safetensors")
+
+
+# ---- nodes: [name in the links, type, widgets, what else] ----
+
+def unet(name: str, model: dict, title: str | None = None) -> list:
+    return [name, "UNETLoader", {"unet_name": model["name"]}, {"models": [model], "title": title}]
+
+
+def clip(model: dict, kind: str) -> list:
+    return ["clip", "CLIPLoader", {"clip_name": model["name"], "type": kind}, {"models": [model]}]
+
+
+def vae(model: dict, name: str = "vae", title: str | None = None) -> list:
+    return [name, "VAELoader", {"vae_name": model["name"]}, {"models": [model], "title": title}]
+
+
+def lora(name: str, model: dict, title: str | None = None) -> list:
+    return [name, "LoraLoaderModelOnly", {"lora_name": model["name"], "strength_model": 1}, {"models": [model], "title": title}]
+
+
+def text(name: str, words: str, title: str) -> list:
+    colors = {"Positive Prompt": ["#232", "#353"], "Negative Prompt": ["#322", "#533"]}[title]
+    return [name, "CLIPTextEncode", {"text": words}, {"title": f"CLIP Text Encode ({title})", "height": 170, "colors": colors}]
+
+
+def shift(name: str, value: float) -> list:
+    return [name, "ModelSamplingSD3", {"shift": value}]
+
+
+def patch(name: str, kind: str, title: str | None = None, **settings) -> list:
+    return [name, kind, settings, {"title": title, "height": 470}]
+
+
+def report(name: str = "report", title: str | None = None) -> list:
+    return [name, REPORT, {}, {"title": title, "height": 430}]
+
+
+def sampler(name: str, steps: int, cfg: float, method: str, scheduler: str = "simple", title: str | None = None) -> list:
+    return [name, "KSampler", {
+        "seed": SEED, "control_after_generate": "fixed", "steps": steps, "cfg": cfg, "sampler_name": method, "scheduler": scheduler, "denoise": 1,
+    }, {"title": title}]
+
+
+def stage(name: str, steps: int, cfg: float, first: int, last: int, title: str) -> list:
+    """One of two KSamplerAdvanced: the first adds the noise and hands the rest of it on."""
+    return [name, "KSamplerAdvanced", {
+        "add_noise": "enable" if first == 0 else "disable", "noise_seed": SEED if first == 0 else 0, "control_after_generate": "fixed",
+        "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple", "start_at_step": first, "end_at_step": last,
+        "return_with_leftover_noise": "enable" if last < steps else "disable",
+    }, {"title": title}]
+
+
+def video(fps: float) -> list:
+    return ["video", "CreateVideo", {"fps": fps}]
+
+
+def save(prefix: str) -> list:
+    return ["save", "SaveVideo", {"filename_prefix": f"video/{prefix}"}, {"height": 330}]
+
+
+def note(title: str, words: str, height: int) -> list:
+    return ["note" + title, "MarkdownNote", {"text": words}, {"title": title, "height": height}]
+
+
+def read_me(heading: str, words: str, *models: dict, extra: str = "") -> str:
+    lines = [f"- models/{model['directory']}: [{model['name']}]({model['url']})" for model in models]
+    return f"## {heading}\n\n{words}\n\n**Files**, the same as in ComfyUI's own example for this model:\n\n" + "\n".join(lines) + "\n" + extra
+
+
+SVG_KNOBS = """- **sparsity** up: faster, and further from the dense video. Down: slower and closer.
+- **warmup_steps** up: closer to the dense video, less gain.
+- **dense_layers**: layers that stay dense; "0" is the first.
+"""
+ADASPA_KNOBS = """- **sparsity** up: faster, and further from the dense video. Down: slower and closer.
+- **warmup_steps** up: closer to the dense video, less gain.
+- **cache_refresh**: how often blocks are searched anew{refresh}.
+"""
+BYPASS = "select it, press Ctrl+B (bypass) and run again: the seed is fixed."
+LARGER = "Small or short videos stay dense: there is nothing to gain. The larger and longer the video, the more there is."
+
+
+def expect(words: str, knobs: str, end: str = LARGER) -> str:
+    return f"## What to expect\n\n{words}\n\n## The knobs\n\n{knobs}\nThe rest can stay as it is. {end}\n"
+
+
+def column(title: str, width: int, *nodes: list) -> dict:
+    return {"title": title, "width": width, "nodes": nodes}
+
+
+def links(text: str) -> list:
+    """"a -> b.input" a line; "a:1 -> b.input" is a's second output."""
+    found = []
+    for line in text.strip().splitlines():
+        source, target = (part.strip() for part in line.split("->"))
+        name, _, output = source.partition(":")
+        for one in target.split(","):
+            node, slot = one.strip().split(".", 1)
+            found.append([name, int(output or 0), node, slot])
+    return found
+
+
+# ---- the workflows ----
+
+def two_stages(name: str, heading: str, high: dict, low: dict, loras: tuple[dict, ...], steps: int, split: int, cfg: float, patches: tuple[list, list],
+               read: str, tell: str, image: bool = False, words: str = FOX, prefix: str = "") -> dict:
+    """Wan 2.2's two networks, each with a patch and a report of its own."""
+    files = [*loras, high, low, UMT5, WAN_VAE]
+    size = {"width": 832, "height": 480, "length": 81, "batch_size": 1}
+    start = [["image", "LoadImage", {"image": "example.png"}, {"height": 300, "title": "Start image"}]] if image else []
+    latent = ["latent", "WanImageToVideo" if image else "EmptyHunyuanLatentVideo", size, {"title": "Video size" if not image else "Start image and video size"}]
+    with_loras = [lora("high_lora", loras[0], "High noise: LoRA"), lora("low_lora", loras[1], "Low noise: LoRA")] if loras else []
+    left, right = ("high_lora", "low_lora") if loras else ("high", "low")
+    positive, negative, empty = ("latent:0", "latent:1", "latent:2") if image else ("positive", "negative", "latent")
+    return {
+        "name": name,
+        "columns": [
+            column("1. Text encoder and VAE", 440, clip(UMT5, "wan"), vae(WAN_VAE), note("Read me", read_me(heading, read, *files), 340), note("What to expect, and the knobs", tell, 380)),
+            column("2. Prompt and size", 430, *start, text("positive", words, "Positive Prompt"), text("negative", WAN_NEGATIVE, "Negative Prompt"), latent),
+            column("3. High noise: model and patch", 420, unet("high", high, "High noise: model"), *with_loras[:1], shift("high_shift", 5), patches[0]),
+            column("4. High noise: the first steps", 340, stage("high_sampler", steps, cfg, 0, split, "High noise: sampler"), report("high_report", "High noise: report")),
+            column("5. Low noise: model and patch", 420, unet("low", low, "Low noise: model"), *with_loras[1:], shift("low_shift", 5), patches[1]),
+            column("6. Low noise: the last steps", 340, stage("low_sampler", steps, cfg, split, steps, "Low noise: sampler"), report("low_report", "Low noise: report")),
+            column("7. Video", 440, ["decode", "VAEDecode"], video(16), save(prefix or name)),
+        ],
+        "links": links(
+            ("high -> high_lora.model\nlow -> low_lora.model\n" if loras else "")
+            + ("positive -> latent.positive\nnegative -> latent.negative\nvae -> latent.vae\nimage -> latent.start_image\n" if image else "")
+            + f"""clip -> positive.clip, negative.clip
+            {left} -> high_shift.model
+            {right} -> low_shift.model
+            high_shift -> high_patch.model
+            low_shift -> low_patch.model
+            high_patch -> high_sampler.model, high_report.model
+            low_patch -> low_sampler.model, low_report.model
+            {positive} -> high_sampler.positive, low_sampler.positive
+            {negative} -> high_sampler.negative, low_sampler.negative
+            {empty} -> high_sampler.latent_image
+            high_sampler -> high_report.samples
+            high_report -> low_sampler.latent_image
+            low_sampler -> low_report.samples
+            low_report -> decode.samples
+            vae -> decode.vae
+            decode -> video.images
+            video -> save.video"""
+        ),
+    }
+
+
+def wan22(kind: str, noise: str) -> dict:
+    return file(WAN22, "diffusion_models", f"wan2.2_{kind}_{noise}_noise_14B_fp8_scaled.safetensors")
+
+
+def wan22_t2v() -> dict:
+    return two_stages(
+        "wan22_t2v", "Wan 2.2 text to video, sparse in both stages", wan22("t2v", "high"), wan22("t2v", "low"), (), 20, 10, 3.5,
+        (patch("high_patch", SVG, "High noise: sparse attention"), patch("low_patch", SVG, "Low noise: sparse attention")),
+        "Wan 2.2 is two networks: one makes the first steps, at high noise, the other the last. So there is one **Sparse Attention Patch (SVG)** for each, "
+        "and both skip most of the attention, which is where a long video spends its time. To compare, bypass both patches (select them, Ctrl+B) "
+        "and run again: the seed is fixed.",
+        expect(
+            "While it samples, a line on each patch tells the step, the share skipped, and why calls stayed dense. The first steps at high noise are dense on "
+            "purpose: they fix the composition. The low-noise stage starts with that done and needs no warm-up. Each report shows its own stage.",
+            SVG_KNOBS, "Set both patches alike, or the low-noise one lower if fine detail suffers. 1280 x 720 works too; there is more to gain there."),
+    )
+
+
+def wan22_i2v() -> dict:
+    return two_stages(
+        "wan22_i2v", "Wan 2.2 image to video, sparse in both stages", wan22("i2v", "high"), wan22("i2v", "low"), (), 20, 10, 3.5,
+        (patch("high_patch", ADASPA, "High noise: sparse attention", cache_refresh=0), patch("low_patch", ADASPA, "Low noise: sparse attention", cache_refresh=0)),
+        "It starts from an image: choose yours in **Start image**. Wan 2.2 is two networks: one makes the first steps, at high noise, the other the last. "
+        "So there is one **AdaSpa Patch** for each. To compare, bypass both patches (select them, Ctrl+B) and run again: the seed is fixed.",
+        expect(
+            "While it samples, a line on each patch tells the step, the share skipped, and why calls stayed dense. The first steps at high noise are dense on "
+            "purpose: they fix the composition. The low-noise stage has one dense step, in which it searches the blocks for its own network. "
+            "Each report shows its own stage.",
+            ADASPA_KNOBS.format(refresh="; 0 here, since each stage is short and searches once anyway"),
+            "If the video leaves the start image, lower the sparsity of the high-noise patch. 1280 x 720 works too; there is more to gain there."),
+        image=True, words="the camera slowly moves closer, gentle wind, natural light, lifelike motion",
+    )
+
+
+def wan22_t2v_4_steps() -> dict:
+    found = tuple(file(WAN22, "loras", f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors") for noise in ("high", "low"))
+    return two_stages(
+        "wan22_t2v_4_steps", "Wan 2.2 in 4 steps with a lightning LoRA, sparse", wan22("t2v", "high"), wan22("t2v", "low"), found, 4, 2, 1,
+        (patch("high_patch", SVG, "High noise: sparse attention", warmup_steps=1), patch("low_patch", SVG, "Low noise: sparse attention", warmup_steps=0)),
+        "A LoRA brings Wan 2.2 down to 4 steps without guidance (cfg 1): two at high noise, two at low. **Sparse Attention Patch (SVG)** stands behind "
+        "the LoRA and its shift, one for each stage. To compare, bypass both patches (select them, Ctrl+B) and run again: the seed is fixed.",
+        expect(
+            "The very first step is dense on purpose: it fixes the composition. The other three are sparse. So of four steps a quarter cannot gain "
+            "anything: expect less than from a run of 20 steps.",
+            "- **warmup_steps**: 1 at high noise, 0 at low noise. 2 at high noise is closer to the dense video and leaves only two sparse steps.\n"
+            "- **sparsity** up: faster, and further from the dense video. With so few steps there is no later one to mend what a step gets wrong, so lower it "
+            "first if the video suffers.\n- For 8 steps set steps to 8 on both samplers, end_at_step and start_at_step to 4, and leave warmup_steps.\n"),
+    )
+
+
+def wan_dense_and_sparse() -> dict:
+    model = file(WAN21, "diffusion_models", "wan2.1_t2v_1.3B_fp16.safetensors")
+    settings = (30, 6, "uni_pc")
+    return {
+        "name": "wan_dense_and_sparse",
+        "columns": [
+            column("1. Text encoder and VAE", 440, clip(UMT5, "wan"), vae(WAN_VAE), note("Read me", read_me(
+                "Dense against sparse, side by side",
+                "The same video twice, from the same seed: once as the model is (left), once with **Sparse Attention Patch (SVG)** (right). "
+                "The saved video shows both next to one another, so it takes the time of two runs. It is the quickest way to see what a sparsity costs.",
+                model, UMT5, WAN_VAE), 430)),
+            column("2. Prompt and size", 430, text("positive", FOX, "Positive Prompt"), text("negative", WAN_NEGATIVE, "Negative Prompt"),
+                   ["latent", "EmptyHunyuanLatentVideo", {"width": 832, "height": 480, "length": 81, "batch_size": 1}, {"title": "Video size"}]),
+            column("3. Model and patch", 420, unet("model", model), shift("shift", 8), patch("patch", SVG, sparsity=-1, dense_layers="auto")),
+            column("4. Sample", 330, sampler("dense", *settings, title="Dense"), sampler("sparse", *settings, title="Sparse: keep all values as in Dense")),
+            column("5. Report", 420, report(), note("What to expect, and the knobs", expect(
+                "Look for the same composition and motion on both sides; small details may differ. The report tells how much was skipped, by layer and step, "
+                "and how many milliseconds a sparse and a dense call took.",
+                "- **sparsity** -1 and **dense_layers** auto: what suits this model, gentler for this small one than for a large one. Set 0.5 or 0.8 to see how far it "
+                "goes; only the right side is computed anew.\n- **warmup_steps** up: the right side comes closer to the left, with less gain.\n"), 420)),
+            column("6. Video", 440, ["decode_dense", "VAEDecode", {}, {"title": "Decode: dense"}], ["decode_sparse", "VAEDecode", {}, {"title": "Decode: sparse"}],
+                   ["side", "ImageStitch", {"direction": "right", "spacing_width": 8, "spacing_color": "white"}, {"title": "Dense left, sparse right"}],
+                   video(16), save("wan_dense_and_sparse")),
+        ],
+        "links": links("""clip -> positive.clip, negative.clip
+            model -> shift.model
+            shift -> dense.model, patch.model
+            patch -> sparse.model, report.model
+            positive -> dense.positive, sparse.positive
+            negative -> dense.negative, sparse.negative
+            latent -> dense.latent_image, sparse.latent_image
+            sparse -> report.samples
+            dense -> decode_dense.samples
+            report -> decode_sparse.samples
+            vae -> decode_dense.vae, decode_sparse.vae
+            decode_dense -> side.image1
+            decode_sparse -> side.image2
+            side -> video.images
+            video -> save.video"""),
+    }
+
+
+def custom(steps: list, method: str, guider: list) -> list:
+    """What SamplerCustomAdvanced needs beside a latent."""
+    return [
+        ["noise", "RandomNoise", {"noise_seed": SEED, "control_after_generate": "fixed"}], ["method", "KSamplerSelect", {"sampler_name": method}], steps, guider,
+        ["sampler", "SamplerCustomAdvanced"],
+    ]
+
+
+CUSTOM = """noise -> sampler.noise
+            method -> sampler.sampler
+            sigmas -> sampler.sigmas
+            guider -> sampler.guider
+            """
+SCHEDULE = {"scheduler": "simple", "steps": 20, "denoise": 1}
+
+
+def hunyuan15_t2v() -> dict:
+    model = file(HUNYUAN, "diffusion_models", "hunyuanvideo1.5_720p_t2v_fp16.safetensors")
+    texts = [file(HUNYUAN, "text_encoders", name) for name in ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "byt5_small_glyphxl_fp16.safetensors")]
+    decoder = file(HUNYUAN, "vae", "hunyuanvideo15_vae_fp16.safetensors")
+    return {
+        "name": "hunyuan15_t2v",
+        "columns": [
+            column("1. Text encoder and VAE", 440,
+                   ["clip", "DualCLIPLoader", {"clip_name1": texts[0]["name"], "clip_name2": texts[1]["name"], "type": "hunyuan_video_15"}, {"models": texts}],
+                   vae(decoder), note("Read me", read_me(
+                       "HunyuanVideo 1.5 text to video with AdaSpa",
+                       "**AdaSpa Patch** stands between the model and the sampler and skips most of the attention. At 1280 x 720 and 121 frames that is where "
+                       f"most of the time goes. To compare, {BYPASS}", model, *texts, decoder), 430)),
+            column("2. Prompt and size", 430, text("positive", "A paper airplane glides between skyscrapers at sunset, the camera follows close behind, golden light, traffic far below",
+                             "Positive Prompt"), text("negative", "", "Negative Prompt"),
+                   ["latent", "EmptyHunyuanVideo15Latent", {"width": 1280, "height": 720, "length": 121, "batch_size": 1}, {"title": "Video size"}]),
+            column("3. Model and patch", 420, unet("model", model), shift("shift", 7), patch("patch", ADASPA)),
+            column("4. Sample", 330, *custom(["sigmas", "BasicScheduler", SCHEDULE], "euler", ["guider", "CFGGuider", {"cfg": 6}])),
+            column("5. Report", 420, report(), note("What to expect, and the knobs", expect(
+                "While it samples, a line on **AdaSpa Patch** tells the step, the share skipped, and why calls stayed dense. About the first fifth of the steps is dense "
+                "on purpose: they fix the composition. The prompt's words are always kept.",
+                ADASPA_KNOBS.format(refresh="; -1 is once more later in the run, as in the paper")), 430)),
+            column("6. Video", 440, ["decode", "VAEDecode"], video(24), save("hunyuan15_sparse")),
+        ],
+        "links": links("""clip -> positive.clip, negative.clip
+            model -> shift.model
+            shift -> patch.model
+            patch -> guider.model, sigmas.model, report.model
+            positive -> guider.positive
+            negative -> guider.negative
+            latent -> sampler.latent_image
+            """ + CUSTOM + """sampler -> report.samples
+            report -> decode.samples
+            vae -> decode.vae
+            decode -> video.images
+            video -> save.video"""),
+    }
+
+
+def wan_vace() -> dict:
+    model = file(WAN21, "diffusion_models", "wan2.1_vace_14B_fp16.safetensors")
+    return {
+        "name": "wan_vace",
+        "columns": [
+            column("1. Text encoder and VAE", 440, clip(UMT5, "wan"), vae(WAN_VAE), note("Read me", read_me(
+                "Wan VACE with a reference image, sparse",
+                "VACE makes a video of what a reference image shows: choose yours in **Reference image**. **Sparse Attention Patch (SVG)** makes both of its stacks of "
+                f"layers sparse, Wan's own and VACE's. To compare, {BYPASS}", model, UMT5, WAN_VAE), 430)),
+            column("2. Prompt and size", 430, ["image", "LoadImage", {"image": "example.png"}, {"height": 300, "title": "Reference image"}],
+                   text("positive", "the subject walks through a sunlit forest, the camera circles slowly", "Positive Prompt"), text("negative", WAN_NEGATIVE, "Negative Prompt")),
+            column("3. Model and patch", 420, unet("model", model), shift("shift", 8), patch("patch", SVG)),
+            column("4. Sample", 330, ["vace", "WanVaceToVideo", {"width": 832, "height": 480, "length": 81, "batch_size": 1, "strength": 1}, {"title": "Reference and video size"}],
+                   sampler("sampler", 20, 6, "uni_pc")),
+            column("5. Report", 420, report(), note("What to expect, and the knobs", expect(
+                "While it samples, a line on the patch tells the step, the share skipped, and why calls stayed dense. About the first fifth of the steps is dense on purpose: "
+                "they fix the composition. The report lists VACE's layers after Wan's own.",
+                SVG_KNOBS + "- For a control video (pose, depth, a part to fill) connect it to control_video of **Reference and video size**; nothing else changes.\n",
+                "The small file wan2.1_vace_1.3B_fp16.safetensors works too: set sparsity to -1 then, which is gentler for it."), 430)),
+            column("6. Video", 440, ["trim", "TrimVideoLatent", {}, {"title": "Cuts the reference's frame off"}], ["decode", "VAEDecode"], video(16), save("wan_vace_sparse")),
+        ],
+        "links": links("""clip -> positive.clip, negative.clip
+            model -> shift.model
+            shift -> patch.model
+            patch -> sampler.model, report.model
+            positive -> vace.positive
+            negative -> vace.negative
+            vae -> vace.vae, decode.vae
+            image -> vace.reference_image
+            vace:0 -> sampler.positive
+            vace:1 -> sampler.negative
+            vace:2 -> sampler.latent_image
+            vace:3 -> trim.trim_amount
+            sampler -> report.samples
+            report -> trim.samples
+            trim -> decode.samples
+            decode -> video.images
+            video -> save.video"""),
+    }
+
+
+def ltx2_t2v() -> dict:
+    model = file(LTX2, "checkpoints", "ltx-2-19b-dev-fp8.safetensors", folder="")
+    gemma = file(LTX2_COMFY, "text_encoders", "gemma_3_12B_it_fp4_mixed.safetensors")
+    return {
+        "name": "ltx2_t2v",
+        "columns": [
+            column("1. Text encoder and VAE", 440, ["clip", "LTXAVTextEncoderLoader", {"text_encoder": gemma["name"], "ckpt_name": model["name"]}, {"models": [model, gemma]}],
+                   ["audio_vae", "LTXVAudioVAELoader", {"ckpt_name": model["name"]}, {"models": [model]}],
+                   note("Read me", read_me(
+                       "LTX-2: video with sound, sparse",
+                       "One stage at full size, with **Sparse Attention Patch (SVG)** between the model and the sampler. The video's attention is made sparse; that of the sound, and "
+                       f"between sound and picture, is left as it is. To compare, {BYPASS}", model, gemma), 430)),
+            column("2. Prompt and size", 430, text("positive", "A close-up of a street musician playing the violin in light rain at night, neon reflections on wet stone. "
+                             "The melody is slow and clear, rain patters softly, the camera holds steady.", "Positive Prompt"),
+                   text("negative", "blurry, low quality, still frame, watermark, overlay, titles, subtitles", "Negative Prompt"),
+                   ["rate", "LTXVConditioning", {"frame_rate": 24}],
+                   ["latent", "EmptyLTXVLatentVideo", {"width": 1280, "height": 704, "length": 121, "batch_size": 1}, {"title": "Video size"}],
+                   ["sound", "LTXVEmptyLatentAudio", {"frames_number": 121, "frame_rate": 24, "batch_size": 1}, {"title": "Sound: same length and rate"}]),
+            column("3. Model and patch", 420, ["model", "CheckpointLoaderSimple", {"ckpt_name": model["name"]}, {"models": [model]}], patch("patch", SVG, warmup_steps=4), ["both", "LTXVConcatAVLatent"]),
+            column("4. Sample", 330, *custom(["sigmas", "LTXVScheduler", {"steps": 20, "max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1}], "euler_ancestral",
+                                ["guider", "CFGGuider", {"cfg": 4}])),
+            column("5. Report", 420, report(), note("What to expect, and the knobs", expect(
+                "While it samples, a line on the patch tells the step, the share skipped, and why calls stayed dense. The first 4 steps are dense on purpose: "
+                "they fix the composition. LTX-2 packs a video into few tokens, so at this size there is less to gain; at 1920 x 1088 there is more.",
+                SVG_KNOBS.replace("less gain.", "less gain. 4 of 20 here: LTX-2 spends many steps near full noise, so -1 would keep more of them dense."),
+                "Width and height are multiples of 32, the length is a multiple of 8, plus 1. In a two-stage graph with the upscaler, "
+                "patch the model of the second stage: the first one's video is too small to gain."), 470)),
+            column("6. Video", 440, ["apart", "LTXVSeparateAVLatent"],
+                   ["decode", "VAEDecodeTiled", {"tile_size": 512, "overlap": 64, "temporal_size": 4096, "temporal_overlap": 8}], ["decode_sound", "LTXVAudioVAEDecode"],
+                   video(24), save("ltx2_sparse")),
+        ],
+        "links": links("""clip -> positive.clip, negative.clip
+            positive -> rate.positive
+            negative -> rate.negative
+            audio_vae -> sound.audio_vae, decode_sound.audio_vae
+            latent -> both.video_latent
+            sound -> both.audio_latent
+            model -> patch.model
+            patch -> guider.model, report.model
+            rate:0 -> guider.positive
+            rate:1 -> guider.negative
+            both -> sampler.latent_image, sigmas.latent
+            """ + CUSTOM + """sampler -> report.samples
+            report -> apart.av_latent
+            apart:0 -> decode.samples
+            apart:1 -> decode_sound.samples
+            model:2 -> decode.vae
+            decode -> video.images
+            decode_sound -> video.audio
+            video -> save.video"""),
+    }
+
+
+def minimax_h3_t2v() -> dict:
+    model = file(H3, "diffusion_models", "minimax_h3_fl2va_pruned_int8_convrot.safetensors")
+    qwen = file(H3, "text_encoders", "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors")
+    picture, sound = (file(H3, "vae", f"minimax_h3_{name}.safetensors") for name in ("video_vae_fp16", "audio_vae_fp32"))
+    return {
+        "name": "minimax_h3_t2v",
+        "columns": [
+            column("1. Text encoder and VAE", 440, clip(qwen, "minimax"), vae(picture, "vae", "Video VAE"), vae(sound, "audio_vae", "Audio VAE"), note("Read me", read_me(
+                "MiniMax H3: video with sound, sparse",
+                "**Needs ComfyUI 0.33 or later**: older ones have no MiniMax H3. **Sparse Attention Patch (SVG)** stands between the model and the sampler. Prompt and sound are "
+                f"always kept, only the video's own attention is made sparse. To compare, {BYPASS}", model, qwen, picture, sound), 450)),
+            column("2. Prompt and size", 430, ["prompt", "MiniMaxH3ImageToVideo", {
+                "prompt": "Live-action film look. [0s-2s] A lighthouse on a cliff in a storm, waves break below. [2s-5s] The camera climbs to the lamp, which turns slowly. "
+                "Audio: wind, surf, a distant fog horn, no music. No text or subtitles.", "width": 864, "height": 480, "length": 124,
+            }, {"title": "Prompt and video size", "height": 420}]),
+            column("3. Model and patch", 420, unet("model", model), patch("patch", SVG)),
+            column("4. Sample", 330, *custom(["sigmas", "BasicScheduler", SCHEDULE], "res_multistep", ["guider", "BasicGuider"])),
+            column("5. Report", 420, report(), note("What to expect, and the knobs", expect(
+                "While it samples, a line on the patch tells the step, the share skipped, and why calls stayed dense. About the first fifth of the steps is dense on purpose: "
+                "they fix the composition. There are no published settings for this model; these are the node's own.",
+                SVG_KNOBS, "The full size of the model, 1344 x 768, has more to gain. Give first_frame an image to start from it."), 430)),
+            column("6. Video", 440, ["decode", "VAEDecode"], ["decode_sound", "VAEDecodeAudio"], video(24), save("minimax_h3_sparse")),
+        ],
+        "links": links("""clip -> prompt.clip
+            vae -> prompt.vae, decode.vae
+            audio_vae -> decode_sound.vae
+            model -> patch.model
+            patch -> guider.model, sigmas.model, report.model
+            prompt:0 -> guider.conditioning
+            prompt:1 -> sampler.latent_image
+            """ + CUSTOM + """sampler -> report.samples
+            report -> decode.samples, decode_sound.samples
+            decode -> video.images
+            decode_sound -> video.audio
+            video -> save.video"""),
+    }
+
+
+SPECS = (wan22_t2v, wan22_i2v, wan_dense_and_sparse, hunyuan15_t2v, wan_vace, wan22_t2v_4_steps, ltx2_t2v, minimax_h3_t2v)
+
+
+def saved(path: Path) -> dict:
+    """A file as a spec: loaded, and saved again with the inputs that its nodes have now."""
+    return {"name": path.stem, "graph": json.loads(path.read_text(encoding="utf-8"))}
+
+
+def model_files(spec: dict) -> list[dict]:
+    if "graph" in spec:
+        return [model for node in spec["graph"]["nodes"] for model in node["properties"].get("models", ())]
+    return [model for one in spec["columns"] for node in one["nodes"] if len(node) > 3 for model in node[3].get("models", ())]
+
+
+def main(names: list[str]) -> int:
+    comfyui, folder_of = Path(os.environ["COMFYUI_PATH"]).expanduser(), Path(os.environ.get("OUT", ROOT / "workflows"))
+    check = "--check" in names
+    names = [name for name in names if name != "--check"]
+    made = [] if check else [make() for make in SPECS]
+    drawn = [path for path in sorted(folder_of.glob("*.json")) if path.stem not in {spec["name"] for spec in made}]
+    specs = [spec for spec in (*made, *(saved(path) for path in drawn)) if not names or spec["name"] in names]
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        for spec in specs:
+            for model in model_files(spec):
+                path = base / "models" / model["directory"] / model["name"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        (base / "input").mkdir()
+        shutil.copy(comfyui / "input" / "example.png", base / "input")
+        (base / "specs.json").write_text(json.dumps(specs))
+        with ComfyServer(comfyui, base, folder="SparseVideoAttention") as server:
+            failed = 0
+            for design in (False, True) if check else (False,):
+                server.post("/settings", {
+                    "Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": design, "Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+                })
+                failed |= subprocess.run([
+                    "node", str(Path(__file__).with_suffix(".js")), os.environ["PLAYWRIGHT_CORE"], str(server.port), str(base / "specs.json"),
+                    str(folder_of), "check" if check else "write",
+                ]).returncode
+            return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
