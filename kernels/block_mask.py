@@ -233,8 +233,14 @@ def kept_pairs(plan: SparsePlan, q_rows: Tensor, k_rows: Tensor, shape: tuple[in
     """
     batch, heads, seq_q, seq_k = shape
     mask = plan.mask.expand(batch, heads)
-    q_blocks = _blocks_of_rows(plan.q_order, q_rows, seq_q, mask.block_q, batch, heads)
-    k_blocks = _blocks_of_rows(plan.k_order, k_rows, seq_k, mask.block_k, batch, heads)
+
+    def blocks(order: TokenOrder | None, rows: Tensor, seq: int, block: int) -> Tensor:
+        """[B, H, rows]"""
+        by_order = blocks_of_rows(order, rows.long(), seq, block)
+        return by_order.expand(batch, heads, -1) if order is None else by_order[order.head_order.expand(batch, heads).long()]
+
+    q_blocks = blocks(plan.q_order, q_rows, seq_q, mask.block_q)
+    k_blocks = blocks(plan.k_order, k_rows, seq_k, mask.block_k)
     picked = q_blocks.clamp(min=0)
     lists = mask.kv_indices.gather(2, picked[..., None].expand(-1, -1, -1, mask.kv_indices.shape[-1]))
     some = BlockMask(mask.kv_num_blocks.gather(2, picked), lists, 1, mask.block_k, len(q_rows), mask.seq_k)
@@ -242,9 +248,9 @@ def kept_pairs(plan: SparsePlan, q_rows: Tensor, k_rows: Tensor, shape: tuple[in
     return kept & (q_blocks >= 0)[..., None] & (k_blocks >= 0)[:, :, None]
 
 
-def _blocks_of_rows(order: TokenOrder | None, rows: Tensor, seq: int, block: int, batch: int, heads: int) -> Tensor:
-    """The block that holds each tensor row, int64 [B, H, rows]; -1 where the order leaves it out."""
+def blocks_of_rows(order: TokenOrder | None, rows: Tensor, seq: int, block: int) -> Tensor:
+    """The block that holds each tensor row, int64 [O, rows], O being 1 without an order; -1 where the order leaves it out."""
     if order is None:
-        return (rows.long() // block).expand(batch, heads, -1)
-    positions = order.positions(seq)[:, rows.long()].long()
-    return torch.where(positions < 0, -1, positions // block)[order.head_order.expand(batch, heads).long()]
+        return (rows // block)[None]
+    positions = order.positions(seq)[:, rows].long()
+    return torch.where(positions < 0, -1, positions // block)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows
+from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows, blocks_of_rows
 
 # Bytes of gathered keys, values and scores at a time: small enough to stay near a CPU's cache, large enough to hide a call.
 _GROUP_BYTES = 8 << 20
@@ -463,8 +463,8 @@ class _KeysOfRows:
     def __init__(self, plan: SparsePlan, rows: Tensor, q_shape: torch.Size, seq_k: int):
         self.plan = plan
         self.mask = plan.mask.expand(q_shape[0], q_shape[1])
-        self.row_blocks = _blocks_of_rows(plan.q_order, rows, q_shape[2], plan.mask.block_q)
-        self.key_blocks = _blocks_of_rows(plan.k_order, torch.arange(seq_k, device=rows.device), seq_k, plan.mask.block_k)
+        self.row_blocks = blocks_of_rows(plan.q_order, rows, q_shape[2], plan.mask.block_q)
+        self.key_blocks = blocks_of_rows(plan.k_order, torch.arange(seq_k, device=rows.device), seq_k, plan.mask.block_k)
 
     def visible(self, b: int, h: int) -> Tensor:
         """bool [R, S_k] of one head."""
@@ -479,11 +479,3 @@ class _KeysOfRows:
         blocks |= full
         blocks[:, -1] = False
         return blocks[:, key_blocks]
-
-
-def _blocks_of_rows(order: TokenOrder | None, rows: Tensor, seq: int, block: int) -> Tensor:
-    """The block that holds each tensor row, int64 [O, rows]; -1 where the order leaves it out."""
-    if order is None:
-        return (rows // block)[None]
-    positions = order.positions(seq)[:, rows].long()
-    return torch.where(positions < 0, -1, positions // block)

@@ -65,16 +65,25 @@ def executing_node() -> str | None:
     return None if context is None else str(context.node_id)
 
 
-def _running_workflow() -> str | None:
-    """The id of the workflow whose prompt runs now; None where the host does not tell, or the prompt came without one."""
+def running_prompt() -> tuple | None:
+    """The server's entry for the prompt that runs now: (number, id, nodes by id, extra data, ...). None where the host does not tell."""
     try:
         from comfy_execution.utils import get_executing_context
         from server import PromptServer
 
         prompt_id = getattr(get_executing_context(), "prompt_id", None)
         running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-        found = next(item[3]["extra_pnginfo"]["workflow"]["id"] for item in running if item[1] == prompt_id)
-    except Exception:  # whatever is missing: the panel then goes by the node's id alone
+        return next((item for item in running if item[1] == prompt_id), None)
+    except Exception:  # no server, or one that has changed
+        log.debug("could not look into the running prompt", exc_info=True)
+        return None
+
+
+def _running_workflow() -> str | None:
+    """The id of the workflow whose prompt runs now; None where the prompt came without one: the panel then goes by the node's id alone."""
+    try:
+        found = running_prompt()[3]["extra_pnginfo"]["workflow"]["id"]
+    except (LookupError, TypeError):
         return None
     return found if isinstance(found, str) else None
 

@@ -155,7 +155,7 @@ def _chosen(file: str, path: str | None) -> Any:
 def _facts(model: Any) -> tuple[str | None, int | None]:
     """(what the model is called, how many layers it has), None where it cannot be told."""
     try:
-        network = video_models.plain(model.get_model_object("diffusion_model"))
+        network = video_models.network_of(model)
         row = video_models.find(network)
         return row.name, row.layers(network)
     except Exception:  # a network that has changed since its row was written

@@ -18,17 +18,11 @@ SAVE_NODE = "SparseAttentionSavePattern"
 
 
 def is_saved() -> bool:
-    """Whether the prompt that runs now has a node that saves patterns. False where the host does not tell."""
+    """Whether the prompt that runs now has a node that saves patterns. False where the host does not tell: that node then asks for the next run's."""
+    prompt = host.running_prompt()
     try:
-        from comfy_execution.utils import get_executing_context
-        from server import PromptServer
-
-        prompt_id = getattr(get_executing_context(), "prompt_id", None)
-        running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-        prompts = [item[2] for item in running if item[1] == prompt_id]
-        return any(node.get("class_type") == SAVE_NODE for prompt in prompts for node in prompt.values())
-    except Exception:  # no server, or one that has changed: the Save node then asks for the next run's
-        host.log.debug("could not look into the running prompt", exc_info=True)
+        return prompt is not None and any(node.get("class_type") == SAVE_NODE for node in prompt[2].values())
+    except (AttributeError, LookupError):  # an entry of another form
         return False
 
 
