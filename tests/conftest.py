@@ -12,9 +12,26 @@ load_pack()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from faults import seen  # noqa: E402, F401
 
 # The tests' tensors are small: on a shared machine a second thread waits more than it computes.
 torch.set_num_threads(1)
+
+# Folders whose tests share what is dear to set up, such as a server: one process takes them all.
+_TOGETHER = ("host", "browser", "demo")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """How tests/run.py shares tests among processes: one by one, and those of a folder together. (xdist's own groups fail under pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            folder = nodeid.split("/")[1]
+            return folder if folder in _TOGETHER else nodeid
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture
@@ -27,3 +44,12 @@ def poisoned_memory(monkeypatch):
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that has failed need not have said what a person sees."""
+    report = yield
+    if call.when == "call":
+        item.fault_failed = not report.passed
+    return report

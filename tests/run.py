@@ -1,7 +1,7 @@
 """All tests, in the processes that they need, with one closing line: python tests/run.py [pytest's arguments].
 
-Triton's interpreter has to be on before any kernel is defined, and the compiler wants it off, so each has a process of
-its own. Tests against a real ComfyUI run where COMFYUI_PATH is set, and are skipped by name where it is not.
+Triton's interpreter has to be on before any kernel is defined, and the compiler wants it off, so each has processes of
+its own, one a core. Tests against a real ComfyUI run where COMFYUI_PATH is set, and are skipped by name where it is not.
 """
 
 import os
@@ -21,12 +21,21 @@ TIERS = (
     ("Triton, compiled", ["tests/triton_kernels/test_compile.py"], {}),
 )
 
+# Each worker imports torch, and its tests compute on one thread.
+_MOST_WORKERS = 8
+
+
+def workers() -> int:
+    """How many processes share a tier: one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
 
 def run(name: str, selection: list[str], environment: dict[str, str], report: Path, arguments: list[str]) -> tuple[int, dict[str, int]]:
     """One tier in its own process: pytest's exit status, and how many tests passed, failed and were skipped."""
     print(f"\n=== {name} ===", flush=True)
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *selection, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", f"--numprocesses={workers()}", f"--junitxml={report}", *selection, *arguments]
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     status = subprocess.run(command, cwd=ROOT, env=kept | environment).returncode
     counts = {"passed": 0, "failed": 0, "skipped": 0}

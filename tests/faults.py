@@ -1,0 +1,50 @@
+"""Tests of what goes wrong: each says which fault it brings about and what a person then sees. docs/RELIABILITY.md is made from them.
+
+    @pytest.mark.fault("Backends", "Triton is not installed", "the right video, computed by plain torch")
+    def test_without_triton(host, seen):
+        ...
+        seen(host.shown[-1].text)
+
+The mark's words are literals: area, fault, outcome. `seen` takes the sentence that the person gets, word for word; where nothing is to be
+said, `seen("")`. A test with the mark that never calls it fails.
+"""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# The areas of the table, in its order.
+AREAS = ("Other nodes", "Conditions and samplers", "Lifecycle", "Memory", "Backends", "Bad input", "More than one device", "The machine")
+
+
+@pytest.fixture
+def seen(request):
+    """seen(sentence): notes what a person gets to read in this test. With SVA_FAULTS set, it is written to that file."""
+    told = []
+    yield told.append
+    mark = request.node.get_closest_marker("fault")
+    if mark is None:
+        return
+    area, fault, outcome = mark.args
+    assert area in AREAS, f"{area} is not one of {AREAS}"
+    if getattr(request.node, "fault_failed", False):
+        return
+    assert told, "this test never said what a person sees: seen(sentence)"
+    if os.environ.get("SVA_FAULTS"):
+        with Path(os.environ["SVA_FAULTS"]).open("a", encoding="utf-8") as file:
+            for sentence in dict.fromkeys(told):
+                line = {"area": area, "fault": fault, "outcome": outcome, "seen": sentence, "test": request.node.nodeid.split("[")[0]}
+                file.write(json.dumps(line) + "\n")
+
+
+def marked(tests: Path) -> set[tuple[str, str, str]]:
+    """(area, fault, outcome) of every mark in the tests' sources."""
+    found = set()
+    for file in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                found.add(tuple(ast.literal_eval(argument) for argument in node.args))
+    return found
