@@ -1,6 +1,7 @@
 """What the Comfy Registry and ComfyUI-Manager read of the pack: pyproject.toml, the archive's files, the pictures, the workflows of GitHub."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -132,3 +133,46 @@ def test_github_publishes_when_pyproject_changes_and_has_addresses():
     assert "python3 tools/registry.py --check" in [step.get("run") for step in before]
     assert publish["uses"] == "Comfy-Org/publish-node-action@main"
     assert publish["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+
+
+# ---- the help pages: web/docs/<NodeId>.md, and <NodeId>/<locale>.md where there is one ----
+
+DOCS = ROOT / "web" / "docs"
+NODES = json.loads((ROOT / "tests" / "snapshots" / "nodes.json").read_text(encoding="utf-8"))
+PAGES = [DOCS / f"{node}{end}" for node in NODES for end in (".md", "/zh.md")]
+every_page = pytest.mark.parametrize("page", PAGES, ids=[path.relative_to(DOCS).as_posix() for path in PAGES])
+
+
+def images(page):
+    return re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", page.read_text(encoding="utf-8"))
+
+
+def test_every_help_page_is_of_a_node():
+    assert {*DOCS.glob("*.md"), *DOCS.glob("*/*.md")} == set(PAGES)
+
+
+@every_page
+def test_a_help_page_tells_every_input_and_has_a_picture(page):
+    words = page.read_text(encoding="utf-8")
+    node = page.stem if page.stem in NODES else page.parent.name
+    assert words.startswith("# ") and "�" not in words
+    assert [slot["id"] for slot in NODES[node]["inputs"] if f"**{slot['id']}**" not in words] == []
+    assert images(page)
+
+
+@every_page
+def test_the_pictures_of_a_help_page_are_where_the_help_panel_looks_for_them(page):
+    """Below web/docs/, whatever the language: the panel puts that folder's address before every relative one. Links it leaves as they are."""
+    for words, address in images(page):
+        assert words and re.fullmatch(r"pictures/\w+\.png", address) and (DOCS / address).is_file()
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert all(link.startswith("https://") for link in links)
+
+
+def test_the_pictures_of_the_help_pages_are_small_and_all_are_used():
+    used = {DOCS / address for page in PAGES for _, address in images(page)}
+    assert used == set((DOCS / "pictures").iterdir())
+    for path in used:
+        assert path.stat().st_size < 150_000
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and 300 < picture.width < 1200

@@ -1,4 +1,5 @@
-"""The example workflows: the graph format that the frontend saves, core nodes and ours only, every widget value where its node expects it."""
+"""The example workflows and the subgraph blueprints: the graph format that the frontend saves, core nodes and ours only, every widget value
+where its node expects it."""
 
 import json
 import math
@@ -255,3 +256,144 @@ def test_it_has_a_picture(path):
     picture = path.with_suffix(".jpg").read_bytes()
     assert picture[:2] == b"\xff\xd8" and picture[-2:] == b"\xff\xd9"
     assert 20_000 < len(picture) < 300_000
+
+
+# ---- the subgraph blueprints ----
+
+BLUEPRINTS = sorted((FOLDER.parent / "subgraphs").glob("*.json"))
+SNAPSHOT = json.loads((FOLDER.parent / "tests" / "snapshots" / "nodes.json").read_text(encoding="utf-8"))
+AUTOMATIC = {"sparsity": -1, "dense_layers": "auto"}
+# What each sets otherwise than the nodes themselves, by the title of a patch.
+BLUEPRINT_SET = {
+    "Sparse Sampling with Report (SVG)": {"": AUTOMATIC},
+    "Sparse Sampling with Report (AdaSpa)": {"": AUTOMATIC},
+    "Sparse Two-Stage Sampling (Wan 2.2)": {"High noise: sparse attention": AUTOMATIC, "Low noise: sparse attention": AUTOMATIC},
+    "Probe, then Sparse Sampling (SVG)": {
+        "Sparse attention to be measured": {"sparsity": 0.8, "dense_layers": ""}, "Sparse attention as suggested": {},
+    },
+}
+KSAMPLER = ["seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]
+every_blueprint = pytest.mark.parametrize("path", BLUEPRINTS, ids=[path.stem for path in BLUEPRINTS])
+
+
+def subgraph(path: Path) -> tuple[dict, dict]:
+    """The one node of a blueprint, and the definition of its subgraph."""
+    graph = read(path)
+    (node,), (definition,) = graph["nodes"], graph["definitions"]["subgraphs"]
+    assert node["type"] == definition["id"] and graph["links"] == [] and graph["version"] == 0.4
+    return node, definition
+
+
+def inside(definition: dict) -> dict:
+    """A subgraph in the form of a graph, with its inputs (-10) and outputs (-20) as nodes of their own."""
+    ends = [
+        {"id": -10, "type": "inputs", "inputs": [], "outputs": [{**slot, "links": slot["linkIds"]} for slot in definition["inputs"]]},
+        {"id": -20, "type": "outputs", "outputs": [], "inputs": [{**slot, "link": slot["linkIds"][0]} for slot in definition["outputs"]]},
+    ]
+    links = [[link[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")] for link in definition["links"]]
+    return {"nodes": [*definition["nodes"], *ends], "links": links}
+
+
+def test_there_is_a_blueprint_for_each_way_to_sample():
+    assert {path.stem for path in BLUEPRINTS} == set(BLUEPRINT_SET)
+
+
+@every_blueprint
+def test_a_blueprint_is_one_subgraph_that_bears_its_files_name(path):
+    """The frontend takes the first node for the blueprint, names it after the file, and files it under the category."""
+    node, definition = subgraph(path)
+    assert node["title"] == definition["name"] == path.stem
+    assert definition["category"] and 40 < len(definition["description"]) < 400
+    assert [slot["name"] for slot in node["inputs"]] == [slot["name"] for slot in definition["inputs"]]
+    assert [slot["type"] for slot in node["outputs"]] == [slot["type"] for slot in definition["outputs"]]
+    assert len({slot["name"] for slot in definition["inputs"]}) == len(definition["inputs"])
+    assert all(slot["link"] is None for slot in node["inputs"])
+
+
+@every_blueprint
+def test_a_blueprint_has_core_nodes_and_ours_only_with_inputs_that_exist(path):
+    _, definition = subgraph(path)
+    for node in definition["nodes"]:
+        if node["type"] not in SNAPSHOT:
+            assert node["type"] in CORE
+            continue
+        known = SNAPSHOT[node["type"]]
+        assert [slot["name"] for slot in node["inputs"]] == [slot["id"] for slot in known["inputs"]]
+        assert [slot["type"] for slot in node["outputs"]] == known["outputs"]
+
+
+@every_blueprint
+def test_the_settings_in_a_blueprint_are_what_the_nodes_start_from_or_what_is_meant(path):
+    _, definition = subgraph(path)
+    patches = of_type(definition, *OWN)
+    assert {node.get("title", "") for node in patches} == set(BLUEPRINT_SET[path.stem])
+    for node in patches:
+        here = {**OWN[node["type"]], **BLUEPRINT_SET[path.stem][node.get("title", "")]}
+        assert node["widgets_values"] == [here.get(name, value) for name, value in OURS[node["type"]]]
+
+
+@every_blueprint
+def test_every_link_in_a_blueprint_has_both_ends_and_nothing_is_unconnected(path):
+    _, definition = subgraph(path)
+    graph = inside(definition)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for number, source, output, target, slot, kind in graph["links"]:
+        left, right = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
+        assert number in left["links"] and right["link"] == number and left["type"] == right["type"] == kind
+    assert all(slot["linkIds"] for slot in (*definition["inputs"], *definition["outputs"]))
+    used = above(graph, nodes[-20]) | {-20}
+    assert used == set(nodes), "all of it is on the way to an output"
+    linked = sources(graph)
+    for node in definition["nodes"]:
+        needed = [slot["name"] for slot in node["inputs"] if "widget" not in slot]
+        assert all((node["id"], name) in linked for name in needed), node["type"]
+
+
+@every_blueprint
+def test_in_a_blueprint_every_patch_is_sampled_and_reported(path):
+    _, definition = subgraph(path)
+    graph = inside(definition)
+    linked = sources(graph)
+    for patch in of_type(definition, *OWN):
+        behind = [patch, *(node for node in of_type(definition, "SparseAttentionProbe") if linked[node["id"], "model"][0] is patch)][-1]
+        takers = [node for node in definition["nodes"] if linked.get((node["id"], "model"), (None,))[0] is behind]
+        (sampler,), (told,) = (of_type({"nodes": takers}, *kinds) for kinds in (SAMPLERS, ("SparseAttentionReport", "SparseAttentionProbeResults")))
+        assert linked[told["id"], "samples"][0] is sampler
+        assert linked[patch["id"], "model"][0]["type"] == "inputs", "the model comes from outside"
+
+
+@pytest.mark.parametrize("method", ["SVG", "AdaSpa"])
+def test_the_outside_of_a_sampling_blueprint_is_that_of_a_ksampler(method):
+    """So that it takes the place of one, link for link."""
+    _, definition = subgraph(FOLDER.parent / "subgraphs" / f"Sparse Sampling with Report ({method}).json")
+    names = [slot["name"] for slot in definition["inputs"]]
+    assert names == ["model", "positive", "negative", "latent_image", *KSAMPLER, "sparsity", "warmup_steps"]
+    assert definition["outputs"][0]["type"] == "LATENT"
+
+
+def test_the_two_stages_of_a_blueprint_share_one_run():
+    _, definition = subgraph(FOLDER.parent / "subgraphs" / "Sparse Two-Stage Sampling (Wan 2.2).json")
+    linked = sources(inside(definition))
+    first, second = sorted(of_type(definition, "KSamplerAdvanced"), key=lambda node: node["widgets_values"][7])
+    assert (first["widgets_values"][0], first["widgets_values"][9], second["widgets_values"][0], second["widgets_values"][9]) == (
+        "enable", "enable", "disable", "disable")
+    assert linked[first["id"], "end_at_step"] == linked[second["id"], "start_at_step"], "one knob for both"
+    assert first["widgets_values"][8] == second["widgets_values"][7] and second["widgets_values"][8] >= 10_000
+    for name in ("positive", "negative", "steps", "cfg", "sampler_name", "scheduler"):
+        assert linked[first["id"], name] == linked[second["id"], name]
+    report, output = linked[second["id"], "latent_image"]
+    assert report["type"] == "SparseAttentionReport" and output == 0 and linked[report["id"], "samples"][0] is first
+
+
+def test_the_probing_blueprint_runs_what_was_suggested_and_does_not_measure_again_for_another_seed():
+    _, definition = subgraph(FOLDER.parent / "subgraphs" / "Probe, then Sparse Sampling (SVG).json")
+    linked = sources(inside(definition))
+    (results,), (report,) = of_type(definition, "SparseAttentionProbeResults"), of_type(definition, "SparseAttentionReport")
+    suggested = linked[report["id"], "model"][0]
+    for name in ("dense_layers", "sparsity"):
+        source, output = linked[suggested["id"], name]
+        assert source is results and results["outputs"][output]["name"] == name
+    measured, sampled = linked[results["id"], "samples"][0], linked[report["id"], "samples"][0]
+    assert (sampled["id"], "seed") in linked and (measured["id"], "seed") not in linked and measured["widgets_values"][1] == "fixed"
+    for name in ("positive", "negative", "latent_image", "steps", "cfg", "sampler_name", "scheduler"):
+        assert linked[measured["id"], name] == linked[sampled["id"], name]

@@ -57,9 +57,9 @@ def write(folder: Path) -> None:
 
 
 @torch.no_grad()
-def fill(network: torch.nn.Module) -> None:
+def fill(network: torch.nn.Module, seed: int = 0) -> None:
     """Fills a network with seeded noise of the right size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if name.endswith("inv_freq"):
             tensor.copy_(10000.0 ** -(torch.arange(tensor.numel()) / tensor.numel()))

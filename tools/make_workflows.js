@@ -1,7 +1,8 @@
 // Builds the graphs of make_workflows.py in a real ComfyUI frontend, saves them as it does, and takes their pictures.
-// node make_workflows.js PLAYWRIGHT_CORE PORT SPECS.json FOLDER write|check
+// OUT: a folder with workflows/ and subgraphs/ in it.
+// node make_workflows.js PLAYWRIGHT_CORE PORT SPECS.json OUT write|check
 const fs = require("fs")
-const [playwright, port, specs, folder, mode] = process.argv.slice(2)
+const [playwright, port, specs, out, mode] = process.argv.slice(2)
 const { chromium } = require(playwright)
 const SIZE = { width: 2200, height: 1200 }
 
@@ -46,6 +47,60 @@ async function build(spec) {
     }
     await rest()
     return app.graph.serialize()
+}
+
+// In the page: what was built, as one subgraph with inputs and outputs of its own, put into the library as a person does.
+async function publish(spec) {
+    const { app } = window
+    const PREVIEW = "$$canvas-image-preview" // the frontend's name for the pictures that a node shows
+    const rest = () => new Promise(done => setTimeout(done, 200))
+    // Where the nodes are found after they have moved into the subgraph.
+    for (const node of app.graph._nodes) node.properties.maker = spec.columns.flatMap(column => column.nodes)[app.graph._nodes.indexOf(node)][0]
+    for (const group of [...app.graph._groups]) app.graph.remove(group)
+    const { subgraph, node: host } = app.graph.convertToSubgraph(new Set(app.graph._nodes))
+    await rest()
+    for (const input of [...subgraph.inputs]) subgraph.removeInput(input) // what the frontend has promoted unasked
+    const inside = name => {
+        const found = subgraph.nodes.find(node => node.properties.maker === name)
+        if (!found) throw new Error(`no ${name}`)
+        return found
+    }
+    for (const [name, ends] of spec.inputs) {
+        const slots = ends.map(([node, slot]) => [inside(node), inside(node).inputs.find(input => input.name === slot)])
+        if (slots.some(([, slot]) => !slot)) throw new Error(`${name}: ${JSON.stringify(ends)}`)
+        const input = subgraph.addInput(name, String(slots[0][1].type))
+        for (const [node, slot] of slots) if (!input.connect(slot, node)) throw new Error(`${name} does not connect`)
+    }
+    for (const [name, [[node, slot]]] of spec.outputs) {
+        const output = inside(node).outputs.find(found => found.name === slot)
+        if (!output || !subgraph.addOutput(name, String(output.type)).connect(output, inside(node))) throw new Error(`output ${name}`)
+    }
+    const shown = spec.shown.map((name, number) => ({
+        name: PREVIEW + (number ? `_${number}` : ""), sourceNodeId: String(inside(name).id), sourcePreviewName: PREVIEW,
+    }))
+    for (const node of subgraph.nodes) delete node.properties.maker
+    const left = Math.min(...subgraph.nodes.map(node => node.pos[0])), right = Math.max(...subgraph.nodes.map(node => node.pos[0] + node.size[0]))
+    subgraph.inputNode.pos = [left - 260, 0]
+    subgraph.outputNode.pos = [right + 100, 0]
+    for (const ends of [subgraph.inputNode, subgraph.outputNode]) ends.arrange()
+    host.title = subgraph.name = spec.name
+    subgraph.description = spec.description
+    await rest()
+    host.setSize([360, host.computeSize()[1]])
+    host.pos = [0, 0]
+    app.canvas.selectItems([host])
+    await app.extensionManager.command.execute("Comfy.PublishSubgraph", { metadata: { name: spec.name } })
+    await rest()
+    const answer = await app.api.fetchApi(`/userdata/${encodeURIComponent(`subgraphs/${spec.name}.json`)}`)
+    const graph = JSON.parse(await answer.text())
+    const [node] = graph.nodes
+    node.properties.previewExposures = shown
+    // Values stand in the nodes within, once.
+    delete node.widgets_values
+    delete node.widgets_values_named
+    graph.last_node_id = Number(graph.last_node_id)
+    graph.definitions.subgraphs[0].category = spec.category
+    return graph
 }
 
 // In the page: an older file as the frontend saves it now.
@@ -99,6 +154,13 @@ async function check(graph) {
             )
             await page.waitForTimeout(2500)
             await page.keyboard.press("Escape")
+            if (spec.blueprint) {
+                await page.evaluate(build, spec)
+                const graph = await page.evaluate(publish, spec)
+                fs.writeFileSync(`${out}/subgraphs/${spec.name}.json`, JSON.stringify(graph, null, 2) + "\n")
+                console.log(JSON.stringify({ name: spec.name, nodes: graph.definitions.subgraphs[0].nodes.length }))
+                continue
+            }
             const graph = spec.graph ? (mode === "check" ? spec.graph : await page.evaluate(resave, spec.graph)) : await page.evaluate(build, spec)
             const found = await page.evaluate(check, graph)
             const answer = await page.evaluate(async prompt => {
@@ -116,8 +178,8 @@ async function check(graph) {
                 #graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important }` })
             await page.evaluate(() => { window.app.canvas.show_info = false })
             const [width, height] = await page.evaluate(fit)
-            await page.screenshot({ path: `${folder}/${spec.name}.jpg`, type: "jpeg", quality: 70, clip: { x: 0, y: 0, width: Math.min(width, SIZE.width), height: Math.min(height, SIZE.height) } })
-            fs.writeFileSync(`${folder}/${spec.name}.json`, JSON.stringify(graph, null, 2) + "\n")
+            await page.screenshot({ path: `${out}/workflows/${spec.name}.jpg`, type: "jpeg", quality: 70, clip: { x: 0, y: 0, width: Math.min(width, SIZE.width), height: Math.min(height, SIZE.height) } })
+            fs.writeFileSync(`${out}/workflows/${spec.name}.json`, JSON.stringify(graph, null, 2) + "\n")
         } catch (error) {
             console.log(JSON.stringify({ name: spec.name, error: String(error) }))
             process.exitCode = 1

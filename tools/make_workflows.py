@@ -1,9 +1,11 @@
-"""Makes the files of workflows/: builds each graph in a real ComfyUI's own frontend, saves it as the frontend does, and takes its picture.
+"""Makes the files of workflows/ and subgraphs/: builds each graph in a real ComfyUI's own frontend, saves it as the frontend does, and takes
+a workflow's picture.
 
     COMFYUI_PATH=... COMFYUI_PYTHON=... PLAYWRIGHT_CORE=.../node_modules/playwright-core python tools/make_workflows.py [--check] [NAME ...]
 
---check writes nothing: it opens every file in both of the frontend's node designs, and fails where a node is missing, a link is
-lost, a value changes, or the server finds an error. OUT: another folder than workflows/. Needs Chromium and node.
+--check writes nothing: it opens every workflow in both of the frontend's node designs, and fails where a node is missing, a link is
+lost, a value changes, or the server finds an error; blueprints have tests/browser/test_blueprints.py. OUT: a folder to put workflows/ and
+subgraphs/ in, instead of the checkout. FRONTEND: the static folder of another frontend. Needs Chromium and node.
 
 Settings and files are those of ComfyUI's own templates for each model. Empty files stand for the models, so that the server can
 check every value of a graph but cannot run it.
@@ -472,6 +474,147 @@ def minimax_h3_t2v() -> dict:
 SPECS = (wan22_t2v, wan22_i2v, wan_dense_and_sparse, hunyuan15_t2v, wan_vace, wan22_t2v_4_steps, ltx2_t2v, minimax_h3_t2v)
 
 
+# ---- the subgraph blueprints: ComfyUI lists them in its node library ----
+
+PROBE, RESULTS = "SparseAttentionProbe", "SparseAttentionProbeResults"
+SAMPLING = {"seed": 0, "control_after_generate": "randomize", "steps": 20, "cfg": 6, "sampler_name": "euler", "scheduler": "simple", "denoise": 1}
+# For whatever model is connected: what suits it.
+AUTOMATIC = {"sparsity": -1, "dense_layers": "auto"}
+
+
+def blueprint(name: str, description: str, columns: list[dict], inside: str, inputs: str, outputs: str, shown: tuple[str, ...]) -> dict:
+    """One subgraph: its nodes and their links, then its own inputs and outputs as "name: node.slot, node.slot" lines.
+
+    shown: the nodes within whose pictures it shows on its outside.
+    """
+    def ends(text: str) -> list:
+        return [[name.strip(), [end.strip().split(".", 1) for end in ends.split(",")]] for name, _, ends in (line.partition(":") for line in text.strip().splitlines())]
+
+    return {
+        "name": name, "description": description, "category": "Video generation and editing/Sparse attention", "columns": columns, "links": links(inside),
+        "inputs": ends(inputs), "outputs": ends(outputs), "shown": shown, "blueprint": True,
+    }
+
+
+def sparse_sampling(kind: str, short: str) -> dict:
+    return blueprint(
+        f"Sparse Sampling with Report ({short})",
+        f"Samples a video with sparse attention: the {short} patch, a KSampler and the report in one, in place of a KSampler. sparsity -1 is what suits the model.",
+        [column("Patch", 400, patch("patch", kind, **AUTOMATIC)), column("Sample", 340, ["sampler", "KSampler", SAMPLING]), column("Report", 420, report())],
+        """patch -> sampler.model, report.model
+        sampler -> report.samples""",
+        """model: patch.model
+        positive: sampler.positive
+        negative: sampler.negative
+        latent_image: sampler.latent_image
+        seed: sampler.seed
+        steps: sampler.steps
+        cfg: sampler.cfg
+        sampler_name: sampler.sampler_name
+        scheduler: sampler.scheduler
+        denoise: sampler.denoise
+        sparsity: patch.sparsity
+        warmup_steps: patch.warmup_steps""",
+        """samples: report.samples
+        picture: report.picture
+        json: report.json""",
+        ("sampler", "report"),
+    )
+
+
+def sparse_svg() -> dict:
+    return sparse_sampling(SVG, "SVG")
+
+
+def sparse_adaspa() -> dict:
+    return sparse_sampling(ADASPA, "AdaSpa")
+
+
+def sparse_two_stages() -> dict:
+    def sampling(name: str, first: bool) -> list:
+        return [name, "KSamplerAdvanced", {
+            "add_noise": "enable" if first else "disable", "noise_seed": 0, "control_after_generate": "randomize" if first else "fixed", "steps": 20, "cfg": 3.5,
+            "sampler_name": "euler", "scheduler": "simple", "start_at_step": 0 if first else 10, "end_at_step": 10 if first else 10_000,
+            "return_with_leftover_noise": "enable" if first else "disable",
+        }, {"title": f"{'High' if first else 'Low'} noise: sampler"}]
+
+    return blueprint(
+        "Sparse Two-Stage Sampling (Wan 2.2)",
+        "Samples a video in two stages with sparse attention: for each of Wan 2.2's networks, high and low noise, an SVG patch, a sampler and a report. "
+        "switch_at_step is the first step of the low-noise network. sparsity -1 is what suits the model.",
+        [
+            column("High noise: patch", 400, patch("high_patch", SVG, "High noise: sparse attention", **AUTOMATIC)),
+            column("High noise: first steps", 340, sampling("high", True), report("high_report", "High noise: report")),
+            column("Low noise: patch", 400, patch("low_patch", SVG, "Low noise: sparse attention", **AUTOMATIC)),
+            column("Low noise: last steps", 340, sampling("low", False), report("low_report", "Low noise: report")),
+        ],
+        """high_patch -> high.model, high_report.model
+        low_patch -> low.model, low_report.model
+        high -> high_report.samples
+        high_report -> low.latent_image
+        low -> low_report.samples""",
+        """high_noise_model: high_patch.model
+        low_noise_model: low_patch.model
+        positive: high.positive, low.positive
+        negative: high.negative, low.negative
+        latent_image: high.latent_image
+        seed: high.noise_seed
+        steps: high.steps, low.steps
+        switch_at_step: high.end_at_step, low.start_at_step
+        cfg: high.cfg, low.cfg
+        sampler_name: high.sampler_name, low.sampler_name
+        scheduler: high.scheduler, low.scheduler
+        sparsity: high_patch.sparsity, low_patch.sparsity""",
+        """samples: low_report.samples
+        high_noise_picture: high_report.picture
+        low_noise_picture: low_report.picture
+        high_noise_json: high_report.json
+        low_noise_json: low_report.json""",
+        ("high", "low", "high_report", "low_report"),
+    )
+
+
+def probe_then_sparse() -> dict:
+    return blueprint(
+        "Probe, then Sparse Sampling (SVG)",
+        "Finds out for a model how sparse it may be, then samples with that: one run measures the error of each layer at 80, 70 and 60 percent skipped, and a second one "
+        "takes the sparsity and the dense layers that keep it below max_error. Another seed does not measure again.",
+        [
+            column("1. Measure", 400, patch("patch", SVG, "Sparse attention to be measured", sparsity=0.8, dense_layers=""), ["probe", PROBE, {}]),
+            column("2. Sample once", 340, ["probing", "KSampler", {**SAMPLING, "control_after_generate": "fixed"}, {"title": "Sampler of the measured run"}], ["results", RESULTS]),
+            column("3. Sparse as suggested", 400, patch("suggested", SVG, "Sparse attention as suggested")),
+            column("4. Sample", 340, ["sampler", "KSampler", SAMPLING], report()),
+        ],
+        """patch -> probe.model
+        probe -> probing.model, results.model
+        probing -> results.samples
+        results:3 -> suggested.dense_layers
+        results:4 -> suggested.sparsity
+        suggested -> sampler.model, report.model
+        sampler -> report.samples""",
+        """model: patch.model, suggested.model
+        positive: sampler.positive, probing.positive
+        negative: sampler.negative, probing.negative
+        latent_image: sampler.latent_image, probing.latent_image
+        seed: sampler.seed
+        steps: sampler.steps, probing.steps
+        cfg: sampler.cfg, probing.cfg
+        sampler_name: sampler.sampler_name, probing.sampler_name
+        scheduler: sampler.scheduler, probing.scheduler
+        max_error: results.max_error""",
+        """samples: report.samples
+        picture: report.picture
+        table: results.table
+        json: report.json
+        dense_layers: results.dense_layers
+        sparsity: results.sparsity""",
+        ("sampler", "report"),
+    )
+
+
+BLUEPRINTS = (sparse_svg, sparse_adaspa, sparse_two_stages, probe_then_sparse)
+
+
 def saved(path: Path) -> dict:
     """A file as a spec: loaded, and saved again with the inputs that its nodes have now."""
     return {"name": path.stem, "graph": json.loads(path.read_text(encoding="utf-8"))}
@@ -484,12 +627,16 @@ def model_files(spec: dict) -> list[dict]:
 
 
 def main(names: list[str]) -> int:
-    comfyui, folder_of = Path(os.environ["COMFYUI_PATH"]).expanduser(), Path(os.environ.get("OUT", ROOT / "workflows"))
+    comfyui, out = Path(os.environ["COMFYUI_PATH"]).expanduser(), Path(os.environ.get("OUT", ROOT))
+    folder_of = out / "workflows"
     check = "--check" in names
     names = [name for name in names if name != "--check"]
-    made = [] if check else [make() for make in SPECS]
+    made = [] if check else [make() for make in (*SPECS, *BLUEPRINTS)]
     drawn = [path for path in sorted(folder_of.glob("*.json")) if path.stem not in {spec["name"] for spec in made}]
     specs = [spec for spec in (*made, *(saved(path) for path in drawn)) if not names or spec["name"] in names]
+    for room in ("workflows", "subgraphs"):
+        (out / room).mkdir(parents=True, exist_ok=True)
+    arguments = ("--front-end-root", os.environ["FRONTEND"]) if "FRONTEND" in os.environ else ()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         for spec in specs:
@@ -500,7 +647,7 @@ def main(names: list[str]) -> int:
         (base / "input").mkdir()
         shutil.copy(comfyui / "input" / "example.png", base / "input")
         (base / "specs.json").write_text(json.dumps(specs))
-        with ComfyServer(comfyui, base, folder="SparseVideoAttention") as server:
+        with ComfyServer(comfyui, base, folder="SparseVideoAttention", arguments=arguments) as server:
             failed = 0
             for design in (False, True) if check else (False,):
                 server.post("/settings", {
@@ -508,7 +655,7 @@ def main(names: list[str]) -> int:
                 })
                 failed |= subprocess.run([
                     "node", str(Path(__file__).with_suffix(".js")), os.environ["PLAYWRIGHT_CORE"], str(server.port), str(base / "specs.json"),
-                    str(folder_of), "check" if check else "write",
+                    str(out), "check" if check else "write",
                 ]).returncode
             return failed
 

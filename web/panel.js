@@ -4,6 +4,8 @@
  * The server sends one event for every line that it shows, followed by the line as ComfyUI's own text on the node
  * (nodes/host.py). Without this script, or with a server side that sends no events, that text is all there is. Once
  * there is a panel it stands in for ComfyUI's text widget, under that widget's name, so that nothing is said twice.
+ *
+ * A patch node inside a subgraph has a panel of its own, and so has every subgraph node around it: one for each patch within.
  */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -12,13 +14,14 @@ const EVENT = "sparse_video_attention.run"; // RUN_EVENT in nodes/host.py
 const NODES = new Set(["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]);
 // ComfyUI's name for its widget with a line of text; it looks for one before it makes one.
 const WIDGET = "$$node-text-preview";
+const TYPE = "sparse_video_attention_panel";
 const MOST_HEIGHT = 168; // a longer text scrolls
 const MARGIN = 8; // around it, on the classic canvas
 const MOST_KEPT = 64;
 
 /** The newest event of each node, by workflow and node: shown again when a workflow's tab is opened again. */
 const newest = new Map();
-/** Node -> its panel. */
+/** Node -> its panels, by the execution id of the patch node that they are about. */
 const panels = new WeakMap();
 /** The line of the newest event, of whichever workflow: its text, which follows it, is no news. */
 let newestLine = null;
@@ -38,6 +41,8 @@ const STYLE = `
 .sva-fill { height: 100%; background: var(--sva-colour); transition: width 0.2s; }
 .sva-asked { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: var(--input-text, #fff); }
 .sva-line { overflow-wrap: anywhere; }
+.sva-title { font-weight: 600; overflow-wrap: anywhere; }
+.sva-title:empty { display: none; }
 .sva-panel:not([data-figures]) :is(.sva-head, .sva-bar) { display: none; }
 `;
 
@@ -54,7 +59,7 @@ function element(name, ...children) {
 
 /** What a node shows: a DOM widget that is saved neither with the workflow nor with the prompt. */
 class Panel {
-  constructor(node) {
+  constructor(node, name) {
     this.node = node;
     this.height = 40;
     this.skipped = document.createElement("span");
@@ -65,10 +70,11 @@ class Panel {
     this.bar.setAttribute("role", "meter");
     this.bar.setAttribute("aria-valuemin", "0");
     this.bar.setAttribute("aria-valuemax", "100");
+    this.title = element("title");
     this.line = element("line");
-    this.inner = element("inner", element("head", this.skipped, this.step), this.bar, this.line);
+    this.inner = element("inner", this.title, element("head", this.skipped, this.step), this.bar, this.line);
     this.root = element("panel", this.inner);
-    this.widget = node.addDOMWidget(WIDGET, "sparse_video_attention_panel", this.root, {
+    this.widget = node.addDOMWidget(name, TYPE, this.root, {
       serialize: false, // not in the prompt
       hideOnZoom: true,
       getValue: () => "",
@@ -122,26 +128,65 @@ class Panel {
   }
 }
 
-/** The patch node of an execution id; "12:5" is node 5 in the subgraph of node 12. Null where the graph on screen has none. */
-function findNode(id) {
+/**
+ * The patch node of an execution id, after the subgraph nodes around it: "12:5" is node 5 in the subgraph of node 12. Empty where the
+ * graph on screen has none.
+ */
+function findPath(id) {
   let graph = rootGraph();
-  let node = null;
+  const path = [];
   for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(/^-?\d+$/.test(part) ? Number(part) : part) ?? null;
-    graph = node?.subgraph;
+    const node = graph?.getNodeById(/^-?\d+$/.test(part) ? Number(part) : part);
+    if (!node) return [];
+    path.push(node);
+    graph = node.subgraph;
   }
-  return node && NODES.has(node.comfyClass ?? node.type) ? node : null;
+  const patch = path.at(-1);
+  return NODES.has(patch.comfyClass ?? patch.type) ? path : [];
 }
 
-function showOn(node, data) {
-  let panel = panels.get(node);
-  if (!panel || !node.widgets?.includes(panel.widget)) {
-    const text = node.widgets?.find((widget) => widget.name === WIDGET); // from before there was a panel
+function drop(node, id) {
+  const panel = panels.get(node)?.get(id);
+  if (!panel) return;
+  panels.get(node).delete(id);
+  if (node.widgets?.includes(panel.widget)) node.removeWidget?.(panel.widget);
+  node.setDirtyCanvas?.(true, true);
+}
+
+/** A node's panel about a patch node, made where there is none. */
+function panelOn(node, id, name) {
+  const own = panels.get(node) ?? new Map();
+  panels.set(node, own);
+  if (!node.widgets?.includes(own.get(id)?.widget)) {
+    const text = node.widgets?.find((widget) => widget.name === name); // from before there was a panel
     if (text) node.removeWidget?.(text);
-    panel = new Panel(node);
-    panels.set(node, panel);
+    own.set(id, new Panel(node, name));
   }
-  panel.show(data);
+  return own.get(id);
+}
+
+function showOn(path, id, data) {
+  const around = path.slice(0, -1);
+  const patch = path.at(-1);
+  // Its instances share the nodes of a subgraph: the id is the one of this run.
+  panelOn(patch, WIDGET, WIDGET).show(data);
+  for (const node of around) {
+    try {
+      const first = !panels.get(node)?.has(id);
+      const panel = panelOn(node, id, `$$sparse-video-attention ${id}`);
+      if (first) {
+        const { onRemoved } = patch; // the panel goes with its patch node
+        patch.onRemoved = function (...args) {
+          onRemoved?.apply(this, args);
+          drop(node, id);
+        };
+      }
+      panel.title.textContent = patch.title === patch.constructor.title ? "" : patch.title;
+      panel.show(data);
+    } catch (error) {
+      console.warn("sparse_video_attention: no panel on a subgraph node", error); // it is on the patch node within
+    }
+  }
 }
 
 function onRun({ detail: data }) {
@@ -153,8 +198,8 @@ function onRun({ detail: data }) {
   if (newest.size > MOST_KEPT) newest.delete(newest.keys().next().value);
   // The same id may be a node of another workflow, which is on screen while this one runs.
   if (data.workflow && data.workflow !== rootGraph()?.id) return;
-  const node = findNode(data.node);
-  if (node) showOn(node, data);
+  const path = findPath(data.node);
+  if (path.length) showOn(path, String(data.node), data);
 }
 
 app.registerExtension({
@@ -170,8 +215,8 @@ app.registerExtension({
     const workflow = rootGraph()?.id;
     if (!workflow || /^[0-]+$/.test(workflow)) return; // one that came as a prompt has no id of its own
     for (const data of newest.values()) {
-      const node = data.workflow === workflow ? findNode(data.node) : null;
-      if (node) showOn(node, data);
+      const path = data.workflow === workflow ? findPath(data.node) : [];
+      if (path.length) showOn(path, String(data.node), data);
     }
   },
 });

@@ -7,15 +7,19 @@ is taken. What is missing is named where tests are skipped. Screenshots go to ou
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from comfy_server import ComfyServer, python_of_host
 
 TESTS = Path(__file__).resolve().parent.parent
+sys.path.append(str(TESTS / "browser"))
 PICTURES = TESTS.parent / "output" / "browser"
 # No space in it: the host serves no scripts from a folder with one.
 FOLDER = "any-folder-name"
+# What the frontend puts before a person when something is wrong: missing nodes and models, failed runs, dialogs.
+TROUBLE = "[data-testid=error-overlay], [role=dialog], [role=alertdialog], .p-toast-message-error, .p-toast-message-warn"
 _QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
@@ -46,7 +50,7 @@ def server(browser, tmp_path_factory):
             yield running
 
 
-@pytest.fixture(params=[False, True], ids=["classic canvas", "Nodes 2.0"])
+@pytest.fixture(scope="session", params=[False, True], ids=["classic canvas", "Nodes 2.0"])
 def design(request):
     """Whether nodes are drawn in the new design."""
     return request.param
@@ -92,6 +96,23 @@ class Page:
         )
         self.page.wait_for_timeout(300)
 
+    def open_file(self, path):
+        """Opens a workflow's file through the menu's own file chooser; returns its nodes' types as they are now, by id."""
+        with self.page.expect_file_chooser() as chooser:
+            self.page.evaluate("() => app.ui.loadFile()")
+        chooser.value.set_files(path)
+        self.page.wait_for_function("(name) => app.extensionManager.workflow.activeWorkflow?.filename === name", arg=path.stem)
+        self.page.wait_for_timeout(500)
+        return dict(self.page.evaluate("app.graph.nodes.map((node) => [Number(node.id), node.type])"))
+
+    def troubles(self):
+        """What the frontend says is wrong, and the types of nodes that it does not know."""
+        said = self.page.evaluate(
+            "(kinds) => [...document.querySelectorAll(kinds)].filter((part) => part.checkVisibility()).map((part) => part.innerText)", TROUBLE
+        )
+        unknown = self.page.evaluate("app.graph.nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).map((node) => node.type)")
+        return said + unknown + self.errors
+
     def queue(self):
         self._before = set(self.server.get("/history"))
         self.page.evaluate("() => void app.queuePrompt(0, 1)")
@@ -118,15 +139,36 @@ class Page:
             colour: getComputedStyle(part("fill")).backgroundColor }}; }}"""
         )
 
+    def assert_shows(self, node, data):
+        """That the panel on a node shows the end of the run whose record this is. node: an expression for it."""
+        panel = self.panel(node)
+        achieved, asked = f"{data['achieved_sparsity']:.0%}", f"{data['asked_sparsity']:.0%}"
+        assert panel["state"] == "done" and panel["figures"] and panel["line_visible"]
+        assert panel["head"].split("\n") == [f"{achieved} skipped, {asked} asked", f"step {data['steps']}/{data['steps']}"]
+        assert (panel["fill"], panel["asked"]) == (achieved, asked)
+        assert f"{achieved} skipped (asked {asked}) · {data['sparse_calls']} sparse, {data['dense_calls']} dense calls" in panel["line"]
+        assert panel["width"] > 100 and panel["height"] > 30
+        assert panel["texts"] == 1, "the line is said once"
+
     def picture(self, name):
         PICTURES.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=PICTURES / f"{name}-{'nodes2' if self.design else 'classic'}.png")
 
 
+def _page(server, browser, design, name):
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    yield Page(server, context, design, name)
+    context.close()
+
+
 @pytest.fixture
 def page(server, browser, design, request):
-    context = browser.new_context(viewport={"width": 1400, "height": 900})
-    opened = Page(server, context, design, request.node.originalname)
-    opened.open()
-    yield opened
-    context.close()
+    for opened in _page(server, browser, design, request.node.originalname):
+        opened.open()
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def shared_page(server, browser, design, request):
+    """One page for all tests of a module, not yet opened."""
+    yield from _page(server, browser, design, request.node.name)

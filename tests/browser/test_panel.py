@@ -49,17 +49,6 @@ def record(entry, number):
     return json.loads(entry["outputs"][f"{number}3"]["text"][0])
 
 
-def assert_shows(panel, data):
-    """That a panel shows the end of the run whose record this is."""
-    achieved, asked = f"{data['achieved_sparsity']:.0%}", f"{data['asked_sparsity']:.0%}"
-    assert panel["state"] == "done" and panel["figures"] and panel["line_visible"]
-    assert panel["head"].split("\n") == [f"{achieved} skipped, {asked} asked", f"step {data['steps']}/{data['steps']}"]
-    assert (panel["fill"], panel["asked"]) == (achieved, asked)
-    assert f"{achieved} skipped (asked {asked}) · {data['sparse_calls']} sparse, {data['dense_calls']} dense calls" in panel["line"]
-    assert panel["width"] > 100 and panel["height"] > 30
-    assert panel["texts"] == 1, "the line is said once"
-
-
 def test_both_nodes_show_their_runs_from_start_to_end(page):
     page.load(graph(24, n5=(SVG, {}), n7=(ADASPA, {"sparsity": 0.5})))
     assert page.panel(NODE.format(5)) is None
@@ -69,7 +58,7 @@ def test_both_nodes_show_their_runs_from_start_to_end(page):
     entry = page.finished()
     page.picture("done")
     for number in (5, 7):
-        assert_shows(page.panel(NODE.format(number)), record(entry, number))
+        page.assert_shows(NODE.format(number), record(entry, number))
     told = page.page.evaluate("told")
     for number in ("5", "7"):
         states = [data["state"] for data in told if data["node"] == number]
@@ -107,7 +96,7 @@ def test_a_node_in_a_subgraph_shows_its_run(page):
     page.page.evaluate("() => app.canvas.openSubgraph(made.subgraph, made.node)")
     page.page.wait_for_timeout(1000)
     page.picture("subgraph")
-    assert_shows(page.panel("made.subgraph.nodes[0]"), record(entry, 5))
+    page.assert_shows("made.subgraph.nodes[0]", record(entry, 5))
 
 
 def test_removed_collapsed_and_foreign_nodes_and_another_workflow(page):
@@ -145,7 +134,7 @@ def test_after_a_reload_in_mid_run_the_next_event_brings_the_panel(page):
     page.reload()
     entry = page.finished()
     page.picture("reloaded")
-    assert_shows(page.panel(NODE.format(5)), record(entry, 5))
+    page.assert_shows(NODE.format(5), record(entry, 5))
 
 
 def test_without_the_script_the_text_is_there_and_nothing_breaks(page):
