@@ -22,17 +22,17 @@ def pairs_of_sinks(layout: VideoLayout, video_sinks: int = 0) -> int:
     return layout.sink_tokens * layout.seq_len + layout.video_tokens * (layout.sink_tokens + video_sinks)
 
 
-def limit_note(layout: VideoLayout, least_pairs: float, heads: str = "") -> str:
-    """The sentence for a budget below what has to be kept; `heads` says which, where not all."""
-    frames = f"{layout.frames} latent frame{'s' if layout.frames != 1 else ''}"
+def limit_note(layout: VideoLayout, least_pairs: float, of: str, heads: str = "") -> str:
+    """The sentence for a budget below what has to be kept. of: what of the video sets the limit; `heads` says which, where not all."""
     most = max(0.0, 1 - least_pairs / layout.seq_len**2)
-    return f"{frames}: at most {most:.2f} can be skipped" + (f" by {heads} heads" if heads else "")
+    return f"{of}: at most {most:.2f} can be skipped" + (f" by {heads} heads" if heads else "")
 
 
 def limit_notes(layout: VideoLayout, least_pairs: dict[str, float | None]) -> tuple[str, ...]:
-    """The sentences for kinds of heads, None for one whose budget is met; a single one where all have the same limit."""
+    """The sentences for kinds of heads that keep the first frame, None for one whose budget is met; a single one where all have the same limit."""
+    frames = f"{layout.frames} latent frame{'s' if layout.frames != 1 else ''}"
     short = {kind: pairs for kind, pairs in least_pairs.items() if pairs is not None}
-    alike = {limit_note(layout, pairs) for pairs in short.values()}
+    alike = {limit_note(layout, pairs, frames) for pairs in short.values()}
     if len(short) == len(least_pairs) and len(alike) == 1:
         return tuple(alike)
-    return tuple(limit_note(layout, pairs, kind) for kind, pairs in short.items())
+    return tuple(limit_note(layout, pairs, frames, kind) for kind, pairs in short.items())

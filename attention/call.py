@@ -15,12 +15,14 @@ class Dense:
     """This call runs dense, and why, as a sentence for the person.
 
     `planned` tells a choice (warm-up, a dense layer) from something that stood in the way; `strict` raises for the
-    latter. output: the dense output [B, H, S, D], where finding a plan computed it on the way.
+    latter. output: the dense output [B, H, S, D], where finding a plan computed it on the way. otherwise: how the call runs
+    instead; another word than "dense" where `strict` alone stands in the way.
     """
 
     reason: str
     planned: bool = False
     output: Tensor | None = None
+    otherwise: str = "dense"
 
 
 @dataclass(frozen=True)

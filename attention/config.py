@@ -15,6 +15,11 @@ AUTOMATIC = -1
 AUTOMATIC_LAYERS = "auto"
 
 
+def shortened(text: str) -> str:
+    """What somebody gave, as a message quotes it: of a long text, the start."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 @dataclass(frozen=True)
 class Automatic:
     """What automatic settings come to for a model.
@@ -39,7 +44,7 @@ class MethodConfig:
     dense_layers: layers that stay dense, as "0-2, -1", in execution order; "auto" is automatic.
     end_steps: how many last steps stay dense.
     min_tokens: shorter sequences stay dense; -1 is automatic.
-    backend: auto, triton, torch or reference. strict: an error rather than a fall back to dense, or to another precision.
+    backend: auto, triton, torch or reference. strict: an error rather than a fall back to dense, to another precision, or on a GPU to torch.
     precision: of sparse calls; auto is the tensors' own, int8 takes Q times K in 8 bits, fp8 the weights times V too. Where it
     cannot be had, the call runs in the tensors' own and the run's notes say why.
     Raises ValueError naming the knob.
@@ -64,7 +69,7 @@ class MethodConfig:
         self._choice("precision", PRECISION_CHOICES)
         self._flag("strict")
         if not isinstance(self.dense_layers, str):
-            raise ValueError(f"dense_layers: {self.dense_layers!r} is not text")
+            raise ValueError(f"dense_layers: {shortened(repr(self.dense_layers))} is not text")
         if self.dense_layers.strip() != AUTOMATIC_LAYERS:
             parse_layers(self.dense_layers)
 
@@ -84,13 +89,13 @@ class MethodConfig:
         if not number or not low <= value <= high:
             kind = "a whole number" if whole else "a number"
             limit = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " up")
-            raise ValueError(f"{name}: {value!r} is not {kind} {limit}" + (f", or {or_else}" if or_else else ""))
+            raise ValueError(f"{name}: {shortened(repr(value))} is not {kind} {limit}" + (f", or {or_else}" if or_else else ""))
 
     def _flag(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):
-            raise ValueError(f"{name}: {getattr(self, name)!r} is not on or off")
+            raise ValueError(f"{name}: {shortened(repr(getattr(self, name)))} is not on or off")
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name}: {shortened(repr(value))} is not one of {', '.join(choices)}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, Dense
-from .config import MOST_SPARSITY
+from .config import MOST_SPARSITY, shortened
 from .dispatch import sparse_attention
 from .record import LayerKey, RunRecord
 from .schedule import Schedule, in_layers, parse_layers
@@ -50,7 +50,7 @@ class ProbeConfig:
     def __post_init__(self):
         for name in ("layers", "sparsities"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not text")
+                raise ValueError(f"{name}: {shortened(repr(getattr(self, name)))} is not text")
         try:
             parse_layers(self.layers)
         except ValueError as error:
@@ -58,9 +58,9 @@ class ProbeConfig:
         for name in ("most_layers", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}: {value!r} is not a whole number from 0 up")
-        if self.continue_with not in CONTINUE_CHOICES:
-            raise ValueError(f"continue_with: {self.continue_with!r} is not one of {', '.join(CONTINUE_CHOICES)}")
+                raise ValueError(f"{name}: {shortened(repr(value))} is not a whole number from 0 up")
+        if not isinstance(self.continue_with, str) or self.continue_with not in CONTINUE_CHOICES:
+            raise ValueError(f"continue_with: {shortened(repr(self.continue_with))} is not one of {', '.join(CONTINUE_CHOICES)}")
         if self.sparsities.strip() != AUTOMATIC_SPARSITIES:
             parse_sparsities(self.sparsities)
 
@@ -81,7 +81,7 @@ def parse_sparsities(text: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not 0 <= value <= MOST_SPARSITY:
-            raise ValueError(f'sparsities: "{part.strip()}" is not a number from 0 to {MOST_SPARSITY:g}; write them as in "0.5, 0.6"')
+            raise ValueError(f'sparsities: "{shortened(part.strip())}" is not a number from 0 to {MOST_SPARSITY:g}; write them as in "0.5, 0.6"')
         values.add(value)
     if len(values) > _MOST_RUNGS:
         raise ValueError(f"sparsities: {len(values)} are more than {_MOST_RUNGS}, and each is computed for every probed call")
@@ -171,7 +171,7 @@ def suggest(record: ProbeRecord, max_error: float) -> Suggestion:
     Raises ValueError for a bound that is no positive number.
     """
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 < max_error < math.inf:
-        raise ValueError(f"max_error: {max_error!r} is not a number above 0")
+        raise ValueError(f"max_error: {shortened(repr(max_error))} is not a number above 0")
     measured = [layer for layer, error in record.by_layer().items() if error is not None]
     if not measured:
         why = record.why or "no call ran sparse in the probed layers and steps"
@@ -307,6 +307,7 @@ class Probe:
             self._note(0, call, result, exact)
         for number, rung in enumerate(self._rungs, 1):
             rung.head_chunk = self._session.head_chunk if rung.head_chunk is None else rung.head_chunk
+            rung.backend, rung.precision = self._session.backend, self._session.precision
             state = rung.state(call)
             if found is not None and found.what is None:
                 state.found = found  # an LSE for the search to come: the same for every budget

@@ -127,15 +127,24 @@ class RunRecord:
         return self._sparsity.value
 
     @property
+    def calls(self) -> int:
+        """All self-attention calls of the video so far."""
+        return self.sparse_calls + self.dense_calls
+
+    @property
     def run_sparsity(self) -> float:
         """The same over all self-attention calls of the video, dense ones included."""
-        calls = self.sparse_calls + self.dense_calls
-        return self.achieved_sparsity * self.sparse_calls / calls if calls else 0.0
+        return self.achieved_sparsity * self.sparse_calls / self.calls if self.calls else 0.0
 
     def note(self, sentence: str) -> None:
         with self._lock:
             if sentence not in self.notes:
                 self.notes.append(sentence)
+
+    def withdraw(self, sentence: str) -> None:
+        """Takes a note back that has turned out wrong."""
+        with self._lock:
+            self.notes = [note for note in self.notes if note != sentence]
 
     def sparse(self, call: AttentionCall, figures: Figures) -> None:
         """A call ran sparse, with these figures."""
@@ -178,6 +187,12 @@ class RunRecord:
         """How many calls of the video ran sparse and dense, by step."""
         steps = max(self.steps, max((step for step, _ in self._steps), default=-1) + 1)
         return {kind: [self._steps[step, kind] for step in range(steps)] for kind in ("sparse", "dense")}
+
+    @property
+    def steps_without_calls(self) -> int:
+        """How many steps saw no call of the video; 0 where none did in the whole run."""
+        seen = len({step for step, _ in self._steps})
+        return max(self.steps - seen, 0) if seen else 0
 
     def head_percentiles(self) -> tuple[float, float, float] | None:
         """The 10th, 50th and 90th percentile of the heads' skipped share, over all layers; None where nothing ran sparse."""

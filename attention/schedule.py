@@ -24,9 +24,10 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
     for part in text.split(","):
         if not part.strip():
             continue
-        found = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*(-?\d{1,9})\s*(?:-\s*(-?\d{1,9})\s*)?", part)
         if not found:
-            raise ValueError(f'dense_layers: cannot read "{part.strip()}"; write numbers and ranges, as in "0-2, -1"')
+            said = part.strip() if len(part.strip()) <= 80 else part.strip()[:77] + "..."
+            raise ValueError(f'dense_layers: cannot read "{said}"; write numbers and ranges, as in "0-2, -1"')
         first = int(found.group(1))
         last = first if found.group(2) is None else int(found.group(2))
         if (first < 0) == (last < 0) and last < first:
@@ -45,6 +46,12 @@ def in_layers(layer: int, ranges: Sequence[tuple[int, int]], layers: int | None)
         if low <= layer <= high:
             return True
     return False
+
+
+def without_layers(ranges: Sequence[tuple[int, int]], layers: int | None) -> list[str]:
+    """The ranges, as a person writes them, that none of a model's layers is in; none where the number of layers is not known."""
+    empty = [(first, last) for first, last in ranges if layers and not any(in_layers(layer, [(first, last)], layers) for layer in range(layers))]
+    return [str(first) if first == last else f"{first}-{last}" for first, last in empty]
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,10 @@ class Schedule:
 
     def is_end(self, step: int) -> bool:
         return step >= self.steps - self.end
+
+    def sparse_after(self, step: int) -> bool:
+        """Whether a step after this one may be sparse: what is found in this one is of use only then."""
+        return max(step + 1, self.warmup) < self.steps - self.end
 
 
 def make_schedule(

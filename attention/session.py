@@ -15,7 +15,7 @@ from .config import MethodConfig
 from .layout import VideoLayout
 from .pattern import MOST_KEPT_BYTES, Keeping, Kept, Pattern, PlanKey, Roles
 from .record import Figures, RunRecord
-from .schedule import Schedule, parse_layers
+from .schedule import Schedule, parse_layers, without_layers
 
 
 @dataclass
@@ -49,7 +49,8 @@ class Session:
     """One run. Threads of a multi-device run share it: each has its own device in the key of its states.
 
     method: a module of `attention.methods`. layers: how many self-attention layers the model has, where known.
-    `disabled`: why sparsity is off for the rest of the run, or None. `head_chunk`: heads computed at a time after
+    `disabled`: why sparsity is off for the rest of the run, or None. `left_to`: why the whole run is left to another node, or
+    None. `head_chunk`: heads computed at a time after
     memory ran out, or None. pattern: plans that it starts from, or None. keeping: finds that are to outlive it, or None.
     """
 
@@ -60,6 +61,7 @@ class Session:
     record: RunRecord
     layers: int | None = None
     disabled: str | None = None
+    left_to: str | None = None
     head_chunk: int | None = None
     pattern: Pattern | None = field(default=None, init=False)
     keeping: Keeping | None = None
@@ -72,6 +74,8 @@ class Session:
     def __post_init__(self):
         self.config = self.config.resolved(self.method.AUTOMATIC)  # what its caller has not resolved for a model
         self.dense_layers = parse_layers(self.config.dense_layers)
+        for part in without_layers(self.dense_layers, self.layers):
+            self.note(f"dense_layers: this model has layers 0 to {self.layers - 1}, and {part} is none of them")
         self.backend = self.config.backend
         self.precision = self.config.precision
         self.first_step = self.method.first_step(self.schedule)
@@ -104,7 +108,8 @@ class Session:
         self._without_pattern = self.schedule, self.config, self.first_step
         self.pattern, self.schedule, self.config, self.first_step = pattern, schedule, config, schedule.warmup
         self.record.config, self.record.warmup = config, schedule.warmup
-        self.note(f"started from {pattern.source}" + (f", with its {changed}" if changed else ""))
+        self._started = f"started from {pattern.source}" + (f", with its {changed}" if changed else "")
+        self.note(self._started)
 
     def refuse_pattern(self, reason: str) -> None:
         """Goes on without the pattern. Raises RuntimeError where `strict` is set."""
@@ -116,6 +121,7 @@ class Session:
             self.record.config, self.record.warmup = self.config, self.schedule.warmup
             self._states.clear()
             self._shared.clear()
+        self.record.withdraw(self._started)
         self.say_refused(pattern, reason)
 
     def check_pattern(self, layout: VideoLayout) -> None:
@@ -187,7 +193,7 @@ class Session:
         with self._lock:
             self._states.clear()
             self._shared.clear()
-            self.keeping = None
+            self.keeping = self.pattern = None
         return self.record
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask, SparsePlan, TokenOrder, density, kept_pairs
-from .capability import BACKENDS, PRECISIONS, why_not
+from .capability import BACKENDS, PRECISIONS, why_failed, why_not
 
 __all__ = [
-    "BACKENDS", "PRECISIONS", "BlockMask", "SparsePlan", "TokenOrder",
-    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "kept_pairs",
-    "sampled_errors", "why_not",
+    "BACKENDS", "PRECISIONS", "BlockMask", "OutOfMemoryError", "SparsePlan", "TokenOrder", "TritonError",
+    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "is_out_of_memory",
+    "kept_pairs", "sampled_errors", "why_not",
 ]
 
 
@@ -39,14 +39,50 @@ def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMas
     return backend
 
 
+class TritonError(RuntimeError):
+    """A Triton kernel did not compile, or broke off; the message is a sentence for the person. Memory that runs out is no such failure."""
+
+
+# torch's own name since 2.5.
+OutOfMemoryError = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+
+# What devices say that raise a plain RuntimeError or OSError: Apple's, a driver below torch, and the CPU's two allocators.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device."""
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
 def _implementation(backend: str):
     if backend == "reference":
         from . import reference as ops
     elif backend == "torch":
         from . import torch_ops as ops
     else:
-        from . import triton_ops as ops
+        return _Triton()
     return ops
+
+
+class _Triton:
+    """The ops in Triton, whose failures say that they are Triton's."""
+
+    def __getattr__(self, name: str):
+        def op(*arguments):
+            try:
+                from . import triton_ops
+
+                return getattr(triton_ops, name)(*arguments)
+            except Exception as error:
+                if is_out_of_memory(error):  # a kernel's own launch has a plain RuntimeError
+                    raise
+                raise TritonError(why_failed(error)) from error
+
+        return op
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import re
+import subprocess
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .block_mask import BlockMask
 BACKENDS = ("triton", "torch", "reference")
 PRECISIONS = ("auto", "int8", "fp8")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TORCH_DTYPES = (*TRITON_DTYPES, torch.float64)
 TRITON_MAX_HEAD_DIM = 256
 # Triton's matrix instructions need 16 rows; more than 128 by 128 does not fit the registers of any chip.
 TRITON_BLOCKS = (16, 32, 64, 128)
@@ -36,8 +38,12 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Non
     if backend == "torch" and precision != "auto":
         return "the torch backend computes in the tensors' own precision alone"
     if backend != "triton":
-        return None
+        return None if q.dtype in TORCH_DTYPES else f"torch's operations take no attention in {_name(q.dtype)}"
     return _why_not_triton(q, mask) or (None if precision == "auto" else _why_not_8_bits(q, precision))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _why_not_8_bits(q: Tensor, precision: str) -> str | None:
@@ -68,7 +74,7 @@ def _why_not_triton(q: Tensor, mask: BlockMask | None) -> str | None:
     if missing:
         return missing
     if q.dtype not in TRITON_DTYPES:
-        return f"the Triton kernels take float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+        return f"the Triton kernels take float16, bfloat16 and float32, not {_name(q.dtype)}"
     if q.shape[-1] > TRITON_MAX_HEAD_DIM:
         return f"the Triton kernels take a head_dim up to {TRITON_MAX_HEAD_DIM}, not {q.shape[-1]}"
     if mask is not None and not (mask.block_q in TRITON_BLOCKS and mask.block_k in TRITON_BLOCKS):
@@ -98,10 +104,41 @@ def _why_no_triton() -> str | None:
     except Exception as error:  # a wrong build fails with whatever its C extension raises
         return f"Triton cannot be imported ({type(error).__name__}: {error}); for this torch install {fitting_triton()}"
     wanted = _fitting_version()
-    have = ".".join(triton.__version__.split(".")[:2])
+    have = _major_minor(triton.__version__)
     if wanted and tuple(map(int, have.split("."))) < tuple(map(int, wanted.split("."))):
         return f"Triton {triton.__version__} is too old for torch {torch.__version__}; install {fitting_triton()}"
     return None
+
+
+# The longest part of an error's own words that is told.
+_MOST_WORDS = 200
+
+
+def why_failed(error: Exception) -> str:
+    """What to say of a Triton kernel that did not compile or run, and what to install where that helps."""
+    # A compiler's errors are pages long: Triton's own keep the reason apart from the source that they quote.
+    words = " ".join(str(getattr(error, "error_message", None) or error).split())
+    words = words if len(words) <= _MOST_WORDS else words[: _MOST_WORDS - 3] + "..."
+    sentence = f"Triton failed ({type(error).__name__}" + (f": {words})" if words else ")")
+    if "C compiler" in words:
+        return f"{sentence}; install a C compiler, such as gcc"
+    if isinstance(error, subprocess.CalledProcessError):  # the C compiler ran: what it lacks as a rule is Python.h
+        headers = "the folders include and libs of the same Python" if platform.system() == "Windows" else "Python's headers, as in python3-dev"
+        return f"{sentence}; its C compiler may lack {headers}"
+    wanted = _fitting_version()
+    if wanted and wanted != _major_minor(_triton_version()):
+        return f"{sentence}; for this torch install {fitting_triton()}"
+    return sentence
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _major_minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def fitting_triton() -> str:

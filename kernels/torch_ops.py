@@ -349,7 +349,8 @@ def _fused_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
         op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
     else:
         op = None
-    if op is None:
+    # Called past torch's own checks: it reads a head's channels as if they lay side by side.
+    if op is None or any(tensor.stride(3) != 1 and tensor.shape[3] > 1 for tensor in (q, k, v)):
         return None
     try:
         out, lse = op(q, k, v, scale=scale)[:2]

@@ -292,12 +292,13 @@ def key_order_arguments(order: TokenOrder | None, batch: int, heads: int, block_
     return (table, full_tiles, choice), (strides[0], full_tiles.stride(0), *strides[1:])
 
 
-def padded_bias(key_bias: Tensor, block_n: int) -> Tensor:
-    """A key bias [B, S_k] for base 2, with minus infinity before the first key and for a tile after the last: [B, 1 + S_k + block_n].
+def padded_bias(key_bias: Tensor, block_k: int) -> Tensor:
+    """A key bias [B, S_k] for base 2, with minus infinity before the first key and for a block after the last: [B, 1 + S_k + block_k].
 
-    So a place that holds no key, row -1 or past the end, reads the bias that keeps it out, and no tile needs a mask.
+    So a place that holds no key, row -1 or past the end, reads the bias that keeps it out, and no tile needs a mask. All tiles of
+    the last block are read, also those that begin past the end.
     """
-    return torch.nn.functional.pad(key_bias * LOG2E, (1, block_n), value=-torch.inf)
+    return torch.nn.functional.pad(key_bias * LOG2E, (1, block_k), value=-torch.inf)
 
 
 def mass_tile(block: int, name: str) -> int:
@@ -354,7 +355,7 @@ def _launch(
         old_lse, mass = wanted.lse.contiguous(), torch.empty(batch, heads, *mass_shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
     k_tables, k_order_strides = key_order_arguments(k_order, batch, heads, config.block_n)
-    bias = None if key_bias is None else padded_bias(key_bias, config.block_n)
+    bias = None if key_bias is None else padded_bias(key_bias, blocks[1])
     with on_device(q):
         forward_kernel[num_blocks(lengths[0], config.block_m), batch * heads](
             q, k, v, out, lse, bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+_PREPARE_STATE = comfy.patcher_extension.CallbacksMP.ON_PREPARE_STATE
 OVERRIDE = "optimized_attention_override"
 # Our name in everything of the host's that is shared by name.
 KEY = "sparse_video_attention"
@@ -28,15 +29,41 @@ def clone_model_options(options: dict) -> dict:
     return comfy.model_patcher.create_model_options_clone(options)
 
 
-def outside_recording() -> contextlib.AbstractContextManager:
-    """ComfyUI 0.34 and later may record a block's allocations and replay them: what outlives the block must not be among them."""
-    try:
-        import comfy.model_prefetch
+class OutsideRecording:
+    """While it is entered, the host records none of this thread's allocations.
 
-        pause = getattr(comfy.model_prefetch, "pause_malloc_graph", None)
-    except ImportError:
-        pause = None
-    return pause() if pause is not None else contextlib.nullcontext()
+    ComfyUI 0.34 and later may record a block's allocations and replay them: what outlives the block must not be among them, nor what a first
+    compile takes. A pause is a switch there that does not count, and the host's own kernels use it too: what is the host's is called by `host_call`.
+    """
+
+    def __init__(self):
+        try:
+            import comfy.model_prefetch
+
+            self._make = getattr(comfy.model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
+        except ImportError:
+            self._make = contextlib.nullcontext
+
+    def __enter__(self) -> OutsideRecording:
+        self._pause = self._make()
+        self._pause.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pause.__exit__(*error)
+
+    def host_call(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns. It is made as if from outside; afterwards the pause is on again, whatever the host did with it."""
+        self.__exit__(None, None, None)
+        try:
+            return call()
+        finally:
+            self.__enter__()
+
+
+def has_model_sparse_attention(patcher: Any) -> bool:
+    """Whether a model carries the host's own node Model Sparse Attention (0.34 and later), which puts its override on top in every evaluation."""
+    return bool(patcher.get_callbacks(_PREPARE_STATE, "block_sparse_attention"))
 
 
 def dense_attention() -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:

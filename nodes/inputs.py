@@ -69,8 +69,8 @@ def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[i
         ),
         io.Boolean.Input(
             "strict", default=False, optional=True, advanced=True,
-            tooltip="On: an error whenever a call would have to run dense for a reason that you did not choose, or in another precision. "
-            "Off: it does, and says why. Warm-up, dense_layers, end_steps and min_tokens count as chosen, never as a failure.",
+            tooltip="On: an error whenever a call would have to run dense for a reason that you did not choose, in another precision, or by "
+            "torch on a GPU. Off: it does, and says why. Warm-up, dense_layers, end_steps and min_tokens count as chosen, never as a failure.",
         ),
         # New inputs come after this one: saved workflows carry their values by place.
         io.Combo.Input(

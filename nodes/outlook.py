@@ -105,16 +105,26 @@ def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, late
         ranges = parse_layers(config.dense_layers)
         dense_layers = sum(in_layers(layer, ranges, prospect.layers) for layer in range(prospect.layers))
         sparse_steps = max(0, schedule.steps - schedule.warmup - schedule.end)
+        if not sparse_steps:
+            return f"{start} · no step is left for sparse attention: use more steps, or lower warmup_steps or end_steps"
         start += f" · {prospect.layers - dense_layers} of them sparse in up to {sparse_steps} of {schedule.steps} steps"
         rates = prospect.rates(config.backend)
         gain = cost.expected_gain(prospect.step(tokens), rates, config.sparsity, schedule.steps, sparse_steps, dense_layers)
         session.record.expected = gain
         share = f"attention is about {gain.attention_share:.0%} of a step here"
         if gain.high < cost.WORTH:
-            slow = f"{share}, but sparse calls were measured to be hardly faster than dense ones" if gain.attention_share > _MUCH else share
-            return f"{start} · hardly worth it: {slow}"
+            return f"{start} · hardly worth it: {share}{_but(gain.attention_share, sparse_steps / schedule.steps)}"
         low, high = (f"{max(1.0, value):.1f}" for value in (gain.low, gain.high))
         expect = f"{low} to {high}" if low != high else f"about {high}"
         return f"{start} · {share}: expect {expect} times the speed (reckoned from the model's size and speeds measured on this device)"
 
     return _quiet(tell)
+
+
+def _but(attention_share: float, steps_share: float) -> str:
+    """Why little is gained though attention is much of a step."""
+    if attention_share <= _MUCH:
+        return ""
+    if steps_share < _MUCH:
+        return ", but few of the steps can be sparse"
+    return ", but sparse calls were measured to be hardly faster than dense ones"

@@ -8,6 +8,9 @@ reads the clock once an evaluation and hands the evaluation to the override thro
 from __future__ import annotations
 
 import functools
+import itertools
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from torch import Tensor
 from ..attention.call import AttentionCall, Dense
 from ..attention.clock import mark
 from ..attention.config import Automatic, MethodConfig
-from ..attention.dispatch import sparse_attention, stays_dense
+from ..attention.dispatch import looks_ahead, sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
 from ..attention.pattern import Keeping, Pattern
 from ..attention.probe import Probe, ProbeConfig
@@ -35,7 +38,13 @@ from .status import StatusLine, hint
 PROBE = host.KEY + "_probe"
 # And a node that loads plans from a file.
 PATTERN = host.KEY + "_pattern"
+# Two ways to skip the same attention: the host's own takes its calls before they come here, so all is left to it.
+_LEFT_TO_HOST = "left to Model Sparse Attention"
+_TWO_OF_THEM = "Model Sparse Attention is on this model too: it acts and this node does nothing; bypass one of the two"
 _MOST_PATTERNS = 4  # of one model's sampler nodes; they may be large
+# Of this process: the runs whose pictures of masks are kept. They take megabytes, and ComfyUI caches the models of many prompts.
+_MOST_PICTURED = 8
+_pictured: deque[weakref.ref[RunRecord]] = deque()
 
 
 class RunLog:
@@ -59,10 +68,15 @@ class RunLog:
             del self.patterns[next(iter(self.patterns))]
 
     def add(self, record: RunRecord) -> None:
-        """Adds a run; pictures of masks are kept of the newest alone."""
+        """Adds a run; pictures of masks are kept of a model's newest alone, and of the newest models."""
         for run in list(self.runs):
             run.forget_pictures()
         self.runs.append(record)
+        _pictured.append(weakref.ref(record))
+        while len(_pictured) > _MOST_PICTURED:
+            oldest = _pictured.popleft()()
+            if oldest is not None:
+                oldest.forget_pictures()
 
     def newest_of(self, node_id: str) -> RunRecord | None:
         """The newest run that this node sampled."""
@@ -110,7 +124,7 @@ class _Run:
         asked = guider.model_patcher.get_attachment(PROBE)
         probe = Probe(asked, session) if isinstance(asked, ProbeConfig) else None
         status = StatusLine(self.node_id)
-        status.begin(outlook.at_the_start(guider.model_patcher, session, *args, **kwargs))
+        status.begin(_TWO_OF_THEM if session.left_to else outlook.at_the_start(guider.model_patcher, session, *args, **kwargs))
         transformer_options = options.setdefault("transformer_options", {})
         override = _make_override(session, transformer_options.get(host.OVERRIDE))
         transformer_options[host.OVERRIDE] = override
@@ -120,6 +134,8 @@ class _Run:
         try:
             result = executor(*args, **kwargs)
             record.outcome = "finished"
+            if (gaps := record.steps_without_calls) and not session.left_to:
+                record.note(f"in {gaps} of {record.steps} steps no attention came here, as with a step cache or a sampler that picks its own steps")
             return result
         except BaseException as error:  # an interrupt too: the record says how the run ended
             record.outcome = "interrupted" if "Interrupt" in type(error).__name__ else f"failed ({type(error).__name__})"
@@ -169,6 +185,11 @@ class _Run:
         if self.note:
             record.note(self.note)
         session = Session(self.method, config, schedule, seed or 0, record, layers)
+        if host.has_model_sparse_attention(guider.model_patcher):
+            if config.strict:
+                raise RuntimeError(f"{self.method.NAME}, strict: {_TWO_OF_THEM}")
+            session.left_to = _LEFT_TO_HOST
+            record.note(_TWO_OF_THEM)
         session.keeping = Keeping() if self.log.pattern_wanted or pattern_files.is_saved() else None
         pattern = guider.model_patcher.get_attachment(PATTERN)
         if isinstance(pattern, Pattern):
@@ -211,7 +232,8 @@ class _Active:
 class _Forward:
     """One evaluation of the model: who asks (conditions), when (step), about what (evaluation).
 
-    reached: whether any attention call came to our override. kind, layer: of the newest call of the video, for the clock.
+    reached: whether any attention call came to our override. videos: how many of the video's did. kind, layer: of the newest of
+    those, for the clock.
     """
 
     active: _Active
@@ -220,6 +242,7 @@ class _Forward:
     step: int
     conditions: tuple[Hashable, ...]
     reached: bool = False
+    videos: int = 0
     kind: str = "dense"
     layer: Layer | None = None
     layout: VideoLayout | None = None
@@ -265,9 +288,14 @@ def _evaluate(
     if evaluation.longest and not evaluation.layers and forward.layout is not None:
         expected = f"{forward.layout} are {forward.layout.seq_len} tokens"
         _stay_dense(forward, None, Dense(f"no attention call was as long as the video: {expected}, the longest call had {evaluation.longest}"))
+    if session.config.strict and not session.record.calls:
+        raise RuntimeError(f"{session.method.NAME}, strict: no self-attention call of a video reached this node in its first step")
     # Another override on top of ours may well pass its calls on; one that does not has taken our place.
-    if not forward.reached and options.get(host.OVERRIDE) is not active.override:
-        session.note("another node replaced the attention override during this run, so its attention is not this node's")
+    if options.get(host.OVERRIDE) is not active.override and not session.left_to:
+        if not forward.reached:
+            session.note("another node replaced the attention override during this run, so its attention is not this node's")
+        elif forward.videos < (session.layers or 0):
+            session.note("another node's attention override stood before this one during this run and kept some layers to itself")
     return result
 
 
@@ -275,8 +303,10 @@ def _conditions(options: dict) -> tuple[Hashable, ...]:
     """A name for each condition in the batch that stays the same through the run, whichever come together."""
     window = options.get("context_window")
     frames = None if window is None else tuple(getattr(window, "index_list", ()))
-    names = options.get("uuids") or options.get("cond_or_uncond") or ("all",)
-    return tuple((str(name), frames) for name in names)
+    kinds = options.get("cond_or_uncond") or ("all",)
+    names = options.get("uuids") or kinds
+    # Both, since the negative that the host makes for the area of a positive bears the positive's uuid.
+    return tuple((f"{name} {kind}", frames) for name, kind in itertools.zip_longest(names, kinds))
 
 
 # What a host's attention function takes after q, k and v. Models pass them by position or by name, as they please.
@@ -301,6 +331,7 @@ def _make_override(session: Session, previous: Callable | None) -> Callable:
         split = named.get("skip_reshape", False)
         width = q.shape[1] * q.shape[3] if split else q.shape[-1]
         layer = _told(forward, None, lambda: _layer_of(forward, Call(q.shape[-2], k.shape[-2], width, options)))
+        forward.videos += layer is not _NOT_OURS
         if isinstance(layer, Dense):
             out = run_dense(func, q, k, v, *args, **kwargs)
             if layer is not _NOT_OURS:
@@ -347,11 +378,13 @@ def _layer_of(forward: _Forward, call: Call) -> Layer | Dense:
     if layer is None:
         return _NOT_OURS if call.seq_q == evaluation.text_tokens else _stay_dense(forward, None, _UNNUMBERED)
     dense = stays_dense(session, forward.step, layer.number)
-    return layer if dense is None else _stay_dense(forward, layer, dense)
+    return layer if dense is None or looks_ahead(session, forward.step, layer.number) else _stay_dense(forward, layer, dense)
 
 
 _UNNUMBERED = Dense("a call outside of the model's numbered layers", planned=True)
-_A_PART = Dense("the model attends for a part of the video at a time, as with guides that have a strength of their own")
+_A_PART = Dense(
+    "the model attends for a part of the video at a time, as with guides that have a strength of their own or a sequence split over GPUs",
+)
 
 
 def _attend(
@@ -384,14 +417,14 @@ def _compute(call: AttentionCall, forward: _Forward, run_dense: Callable[[], Ten
     """One condition's call; run_dense is its share of the host's own output, [B, H, S, D]."""
     layer, probe = Layer(call.layer, call.stack), forward.active.probe
 
-    def probed(probe: Probe) -> Tensor | Dense:
-        result, measured = probe.attend(call, run_dense)
+    def probed(probe: Probe, outside: host.OutsideRecording) -> Tensor | Dense:
+        result, measured = probe.attend(call, lambda: outside.host_call(run_dense))
         forward.probed |= measured
         return result
 
     def compute() -> Tensor | Dense:
-        with host.outside_recording():
-            result = sparse_attention(call, forward.active.session) if probe is None else probed(probe)
+        with host.OutsideRecording() as outside:
+            result = sparse_attention(call, forward.active.session) if probe is None else probed(probe, outside)
         return _stay_dense(forward, layer, result, 1) if isinstance(result, Dense) else result
 
     return _told(forward, layer, compute, 1)
@@ -406,7 +439,8 @@ def _told(forward: _Forward, layer: Layer | None, compute: Callable[[], Any], co
         if session.config.strict:
             raise
         if session.disabled is None:
-            host.log.exception("the sparse path failed; the rest of this run is dense")
+            # As text: a handler that keeps records would keep the call's tensors with the traceback.
+            host.log.error("the sparse path failed; the rest of this run is dense\n%s", traceback.format_exc())
             session.disabled = f"the sparse path failed ({type(error).__name__}: {error})"
         return _stay_dense(forward, layer, Dense(session.disabled), conditions)
 
@@ -415,7 +449,8 @@ def _stay_dense(forward: _Forward, layer: Layer | None, dense: Dense, conditions
     """Puts a dense call on record; `strict` makes an error of what was not planned."""
     session = forward.active.session
     if session.config.strict and not dense.planned:
-        raise RuntimeError(f"{session.method.NAME}, strict: a call would run dense: {dense.reason}.{hint(dense.reason, session.config)}")
+        advice = hint(dense.reason, session.config)
+        raise RuntimeError(f"{session.method.NAME}, strict: a call would run {dense.otherwise}: {dense.reason}.{advice}")
     forward.layer = layer
     number, stack = layer or (None, "")
     session.record.dense(forward.step, number, dense.reason, conditions or len(forward.conditions), stack)
@@ -447,6 +482,8 @@ def _key_bias(mask: Tensor | None, k: Tensor) -> Tensor | Dense | None:
     if mask is None:
         return None
     shape = tuple(mask.shape)
+    if mask.dim() > 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return Dense(f"the attention mask {shape} of {str(mask.dtype).removeprefix('torch.')} is not one of keys")
     while mask.dim() < 4:  # as the host reads them: [q, k], [batch, q, k], [batch, head, q, k]
         mask = mask.unsqueeze(0 if mask.dim() == 2 else 1) if mask.dim() >= 2 else mask.unsqueeze(0)
     if mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != k.shape[2] or mask.shape[0] not in (1, len(k)):

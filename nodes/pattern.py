@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..attention.config import shortened
 from ..attention.pattern import Pattern
 from . import host, pattern_files, video_models
 from .inputs import CATEGORY, told_its_id
@@ -52,8 +53,9 @@ class SparseAttentionSavePattern(io.ComfyNode):
         if isinstance(found, Pattern):
             # A video is worth more than its pattern: whatever is wrong with the file is said, and the latent goes on.
             try:
-                path = str(pattern_files.write(found, filename_prefix))
-                text = f"Saved {path.replace(chr(92), '/').rsplit('/', 1)[-1]} · {_about(found)}"
+                file = pattern_files.write(found, filename_prefix)
+                path = str(file)
+                text = f"Saved {pattern_files.shown(file)} · {_about(found)} · press R to find it in Load Sparse Pattern"
             except Exception as error:
                 host.log.warning("could not save a pattern", exc_info=True)
                 text = f"⚠ No file was written: {error}"
@@ -148,6 +150,9 @@ class SparseAttentionLoadPattern(io.ComfyNode):
 
 def _chosen(file: str, path: str | None) -> Any:
     """The file that the inputs name, or None. Raises ValueError for one that may not be read or is not there."""
+    for given in (file, path):
+        if given is not None and not isinstance(given, str):
+            raise ValueError(f"pattern file {shortened(repr(given))}: this is not text")
     name = (path or "").strip() or (file or _NO_FILE)
     return None if name == _NO_FILE else pattern_files.locate(name)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.config import shortened
 from ..attention.pattern import Pattern
 from . import host
 
@@ -65,15 +66,16 @@ def locate(name: str) -> Path:
 def _inside(path: Path, roots: list[Path], name: str, must_exist: bool = True) -> Path:
     try:
         real = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'pattern file "{name}": this is not a path') from error
+        there = real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long for the disk is found out by looking
+        raise ValueError(f'pattern file "{shortened(name)}": this is not a path') from error
     if not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise ValueError(f'pattern file "{name}": patterns are only read from the {FOLDER} folders in ComfyUI\'s output and input')
-    return real if real.is_file() or not must_exist else _none(name)
+        raise ValueError(f'pattern file "{shortened(name)}": patterns are only read from the {FOLDER} folders in ComfyUI\'s output and input')
+    return real if there or not must_exist else _none(name)
 
 
 def _none(name: str) -> Any:
-    raise ValueError(f'pattern file "{name}": there is no such file in the {FOLDER} folders of ComfyUI\'s output and input')
+    raise ValueError(f'pattern file "{shortened(name)}": there is no such file in the {FOLDER} folders of ComfyUI\'s output and input')
 
 
 def read(path: Path) -> Pattern:
@@ -108,6 +110,11 @@ def write(pattern: Pattern, prefix: str) -> Path:
         raise ValueError(f"filename_prefix leads out of the folder {FOLDER}")
     _save(tensors, metadata, target)
     return target
+
+
+def shown(file: Path) -> str:
+    """A file of the output folder as a person finds it: sparse_patterns/wan/480p_00001_.safetensors."""
+    return f"{FOLDER}/{file.relative_to(folders()['output']).as_posix()}"
 
 
 def _save(tensors: dict[str, Tensor], metadata: dict[str, str], target: Path) -> None:

@@ -23,8 +23,9 @@ def closing_line(record: RunRecord) -> str:
     if record.sparse_calls == 0 and record.outcome == "finished":
         return f"⚠ {record.method}: nothing ran sparse. {_advice(record)}{_notes(record)}"
     start = f"{record.method} · {record.outcome}" if record.outcome != "finished" else f"{record.method} · done"
-    whole = f" · {record.run_sparsity:.0%} over the whole run"
-    return f"{start} · {_figures(record)}{whole}{_notes(record)}"
+    whole = f"{record.run_sparsity:.0%} of the whole run's attention skipped"
+    sparse = "in sparse calls " if record.sparse_calls else ""
+    return f"{start} · {whole} · {sparse}{_figures(record)}{_notes(record)}"
 
 
 def figures(record: RunRecord) -> dict:
@@ -78,8 +79,8 @@ def _notes(record: RunRecord) -> str:
 
 # What to change for a planned reason; the first that applies is the one that matters most when nothing ran sparse.
 _HINTS = {
-    "min_tokens": "Raise the resolution or length, or lower min_tokens.",
-    "search step": "The run ended with AdaSpa's search: use more steps.",
+    "min_tokens": "Raise the resolution or length, or set min_tokens (an advanced input) to 0 to try it anyway.",
+    "search step": "AdaSpa needs a step after its search: use more steps.",
     "dense layer": "Shorten dense_layers.",
     "warm-up": "Lower warmup_steps or use more steps.",
     "last steps": "Lower end_steps.",
@@ -88,8 +89,11 @@ _HINTS = {
 
 def hint(reason: str, config: MethodConfig | None) -> str:
     """What to change for a reason that nobody chose, with a space before it; nothing where no setting helps."""
-    of_backend = config is not None and config.backend == "triton" and "Triton" in reason and not reason.startswith("precision")
-    return " Set backend to auto: torch then computes what Triton cannot." if of_backend else ""
+    if config is None or "Triton" not in reason or reason.startswith("precision"):
+        return ""
+    if config.backend == "auto":  # `strict`, on a GPU
+        return " Set backend to torch if torch is to compute it."
+    return " Set backend to auto: torch then computes what Triton cannot." if config.backend == "triton" else ""
 
 
 def _advice(record: RunRecord) -> str:

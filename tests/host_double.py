@@ -34,6 +34,10 @@ class WrappersMP:
     DIFFUSION_MODEL = "diffusion_model"
 
 
+class CallbacksMP:
+    ON_PREPARE_STATE = "on_prepare_state"
+
+
 class WrapperExecutor:
     """Calls wrappers in order, each with the executor of what is inside it; `class_obj` is whose method is wrapped."""
 
@@ -69,12 +73,13 @@ class ModelPatcher:
     def __init__(self, model):
         self.model = model
         self.model_options = {"transformer_options": {}}
-        self.wrappers, self.attachments = {}, {}
+        self.wrappers, self.callbacks, self.attachments = {}, {}, {}
 
     def clone(self):
         copy = ModelPatcher(self.model)
         copy.model_options = copy_nested_dicts(self.model_options)
-        copy.wrappers = {kind: {key: wrappers.copy() for key, wrappers in by_key.items()} for kind, by_key in self.wrappers.items()}
+        for ours, theirs in ((copy.wrappers, self.wrappers), (copy.callbacks, self.callbacks)):
+            ours.update({kind: {key: functions.copy() for key, functions in by_key.items()} for kind, by_key in theirs.items()})
         copy.attachments = self.attachments.copy()
         return copy
 
@@ -86,6 +91,17 @@ class ModelPatcher:
 
     def get_wrappers(self, kind, key):
         return self.wrappers.get(kind, {}).get(key, [])
+
+    def add_callback_with_key(self, kind, key, callback):
+        self.callbacks.setdefault(kind, {}).setdefault(key, []).append(callback)
+
+    def get_callbacks(self, kind, key):
+        return self.callbacks.get(kind, {}).get(key, [])
+
+    def prepare_state(self, timestep, model_options):
+        for callbacks in self.callbacks.get(CallbacksMP.ON_PREPARE_STATE, {}).values():
+            for callback in callbacks:
+                callback(self, timestep, model_options)
 
     def set_attachments(self, key, attachment):
         self.attachments[key] = attachment
@@ -209,7 +225,9 @@ def _modules():
     )
     contents = {
         "comfy": {},
-        "comfy.patcher_extension": {"WrappersMP": WrappersMP, "WrapperExecutor": WrapperExecutor, "get_all_wrappers": get_all_wrappers},
+        "comfy.patcher_extension": {
+            "WrappersMP": WrappersMP, "CallbacksMP": CallbacksMP, "WrapperExecutor": WrapperExecutor, "get_all_wrappers": get_all_wrappers,
+        },
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher, "create_model_options_clone": copy_nested_dicts},
         "comfy.model_prefetch": {},
         "comfy_api": {},
@@ -496,6 +514,7 @@ def _each_condition(patcher, conds, x, sigma, model_options):
     together = patcher.model.memory_required(x.shape) * 1.5 < patcher.get_free_memory(x.device)
     order = list(reversed(range(len(conds))))
     outputs = [None] * len(conds)
+    patcher.prepare_state(sigma, model_options)
     for group in [order] if together else [[number] for number in order]:
         options = copy_nested_dicts(model_options["transformer_options"])
         options.update(cond_or_uncond=group[:], uuids=[conds[number]["uuid"] for number in group], sigmas=sigma)
@@ -573,6 +592,14 @@ def load(family):
 def attention():
     """The attention that models call."""
     return optimized_attention
+
+
+def replace_attention(monkeypatch, func):
+    """Puts another function in the place of the attention that models call."""
+    monkeypatch.setitem(globals(), "optimized_attention", func)
+
+
+honouring, weights = wrap_attn, None
 
 
 def sigmas(model, steps):

@@ -62,11 +62,34 @@ def load(family):
     return _loaded(family).clone()
 
 
+def weights(family):
+    """The tensors of a tiny model's file."""
+    import comfy.utils
+
+    return comfy.utils.load_torch_file(str(_models / f"{family}.safetensors"))
+
+
 def attention():
     """The attention that models call."""
     import comfy.ldm.modules.attention
 
     return comfy.ldm.modules.attention.optimized_attention
+
+
+def replace_attention(monkeypatch, func):
+    """Puts another function in the place of the attention that models call; Wan's has taken it over by name."""
+    import comfy.ldm.modules.attention
+    import comfy.ldm.wan.model
+
+    for module in (comfy.ldm.modules.attention, comfy.ldm.wan.model):
+        monkeypatch.setattr(module, "optimized_attention", func)
+
+
+def honouring(func):
+    """`func` as an attention function that asks for overrides."""
+    import comfy.ldm.modules.attention
+
+    return comfy.ldm.modules.attention.wrap_attn(func)
 
 
 def sampler(name):

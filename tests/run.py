@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # name, pytest's selection, environment
 TIERS = (
     ("torch and host", ["tests", "--ignore=tests/triton_kernels"], {}),
-    ("Triton, interpreted", ["tests/triton_kernels/test_interpreter.py", "tests/triton_kernels/test_interpreter_8bit.py"], {"TRITON_INTERPRET": "1"}),
+    ("Triton, interpreted", [f"tests/triton_kernels/test_interpreter{part}.py" for part in ("", "_8bit", "_fuzz")], {"TRITON_INTERPRET": "1"}),
     ("Triton, compiled", ["tests/triton_kernels/test_compile.py"], {}),
 )
 

@@ -8,12 +8,14 @@ need one pass over q and k, no softmax. Text is always kept, as keys and as quer
 What the paper leaves open, and what is done here:
 - Text counts in the budget, and the video rows of a head keep equally many blocks.
 - Head-adaptive sparsity (section 4.2) is decided for each batch entry alone. At most half of the heads can be raised,
-  and the step up and down is cut so that both ends stay possible; so the mean is always the one asked for.
+  and the step up and down is cut so that both ends stay possible; so the mean is always the one asked for. It ranks the heads of
+  a call, and evens their rounding out; without it each head is planned for itself, whichever others the call brings.
 - Recall is the kept share of the actual sum of masses, since a cached LSE makes rows not sum to one.
 - The first search takes no second pass over q and k, as the paper's does: the warm-up step before it keeps its LSE, and
   the masses are gathered under that while the search step computes its dense output. With one warm-up step, or where a
   cache skipped the step before, there is no earlier LSE, and the paper's second pass is made with the current one.
-- Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run.
+- Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run. A stage that ends above may have its last
+  step there: a search that no later sparse step can use is not made.
 - Blocks are 128 queries by 64 keys (the paper: 64 by 64). With `token_order` "tile", blocks are compact boxes of video
   rather than runs of a raster line; "raster" is the paper's.
 """
@@ -41,6 +43,7 @@ LEAST_WARMUP = 1
 PATTERN_SETTINGS = ("sparsity", "token_order")
 # Above this recall a head has more blocks than it needs (section 4.2).
 _EASY_RECALL = 0.8
+_THE_LAST = "AdaSpa's search step would be the last"
 # Bytes of block masses searched at a time; sorting them takes about five times as much.
 _SEARCH_BYTES = 64 << 20
 
@@ -83,6 +86,8 @@ def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Sparse
     if given is None:
         found = state.found
         if found is None or found.what is None:
+            if not run.schedule.sparse_after(call.step) and run.keeping is None:  # a saved pattern is of use to other runs
+                return Dense("warm-up step" if call.step < run.schedule.warmup - 1 else _THE_LAST, planned=True)
             return _keep_lse(call, state) if call.step < run.schedule.warmup - 1 else _first_search(call, config, state, blocks)
         if call.step < run.schedule.warmup:
             return Dense("warm-up step", planned=True)
@@ -123,16 +128,19 @@ def from_pattern(tensors: dict[str, Tensor], call: AttentionCall, config: AdaSpa
 
 
 def _due(refresh: int, schedule: Schedule, found_at: int, step: int) -> bool:
+    """Whether another search is due; never where no later sparse step could use it."""
+    if not schedule.sparse_after(step):
+        return False
     if refresh < 0:  # the paper: once more
         return schedule.refresh_at is not None and found_at < schedule.refresh_at <= step
     return refresh > 0 and step - found_at >= refresh
 
 
 def _due_later(refresh: int, schedule: Schedule, step: int) -> bool:
-    """Whether another search will be due in a step that is not one of the dense last ones."""
+    """Whether another search will be due, in a step that a sparse one follows."""
     if refresh < 0:
-        return schedule.refresh_at is not None and step < schedule.refresh_at < schedule.steps - schedule.end
-    return refresh > 0 and step + refresh < schedule.steps - schedule.end
+        return schedule.refresh_at is not None and step < schedule.refresh_at and schedule.sparse_after(schedule.refresh_at)
+    return refresh > 0 and schedule.sparse_after(step + refresh)
 
 
 def _keep_lse(call: AttentionCall, state: LayerState) -> Dense:
@@ -229,7 +237,7 @@ def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, c
     uniform = torch.full(totals.shape, config.sparsity, dtype=torch.float64)
     counts = blocks.counts(costs, uniform)
     if config.head_adaptive:
-        counts = blocks.counts(costs, adapted_sparsity(recall(counts), config.sparsity, blocks.most_sparsity))
+        counts = blocks.counts(costs, adapted_sparsity(recall(counts), config.sparsity, blocks.most_sparsity), even_out=True)
     keep = blocks.with_sinks(ranks < counts.to(ranks.device)[..., None, None])
     pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
     return Choice(
@@ -287,7 +295,8 @@ class VideoBlocks:
         paid = pairs_of_sinks(layout)
         blocks = cls(layout, q_order, k_order, positions_q, positions_k, paid, None, config.sparsity)
         if blocks.least_pairs > pairs_allowed(layout, config.sparsity):
-            return replace(blocks, limit=limit_note(layout, blocks.least_pairs))
+            others = f" and {layout.sink_tokens:,} others" if layout.sink_tokens else ""
+            return replace(blocks, limit=limit_note(layout, blocks.least_pairs, f"{layout.video_tokens:,} video tokens{others}"))
         return blocks
 
     @property
@@ -336,13 +345,16 @@ class VideoBlocks:
         with_last.scatter_add_(-1, last.long(), row_sizes.expand(last.shape))
         return full - missing * with_last.cumsum(-1)
 
-    def counts(self, costs: Tensor, sparsity: Tensor) -> Tensor:
-        """Video blocks a row for each head, int64 [B, H], so that the mean cost of each batch entry is nearest to its target.
+    def counts(self, costs: Tensor, sparsity: Tensor, even_out: bool = False) -> Tensor:
+        """Video blocks a row for each head, int64 [B, H], so that each head's cost is nearest to its target.
 
-        costs: [B, H, Kv] of `costs`; sparsity: [B, H], each head's own.
+        costs: [B, H, Kv] of `costs`; sparsity: [B, H], each head's own. even_out: the mean cost of each batch entry is to be
+        nearest instead, over the heads that are there. Without it a head's count depends on no other head.
         """
         target = (1 - sparsity) * self.layout.seq_len**2 - self.paid
         counts = (costs - target[..., None]).abs().argmin(-1).clamp(min=self.least_count - 1)
+        if not even_out:
+            return counts + 1
         short = target - costs.gather(-1, counts[..., None])[..., 0]
         # Each head is off by up to half a block a row; the heads that are off most make up for the sum.
         for entry, missing in zip(counts, short, strict=True):

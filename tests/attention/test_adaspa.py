@@ -12,6 +12,7 @@ from pack.attention.dispatch import sparse_attention
 from pack.attention.layout import VideoLayout
 from pack.attention.methods import adaspa
 from pack.attention.methods.adaspa import VideoBlocks, adapted_sparsity
+from pack.attention.pattern import Keeping
 from video_oracle import LAYOUTS, chunks, is_text, local_qk, make_call, make_session, place, random_qkv, token_mask, video_rows
 
 CPU = torch.device("cpu")
@@ -119,8 +120,9 @@ def test_achieved_sparsity_is_the_asked_one_or_the_floor(layout, sparsity, token
         blocks = video_blocks(layout, token_order)
         own = min(BLOCK_Q // BLOCK_K, len(blocks[1]))
         assert all((kept_blocks(kept[0, h], *blocks).sum(1) == own).all() for h in range(6))
-        frames, most = re.fullmatch(r"(\d+) latent frames: at most (\d\.\d\d) can be skipped", *run.record.notes).groups()
-        assert int(frames) == layout.frames and float(most) == pytest.approx(1 - floor, abs=0.0051)
+        others = f" and {text:,} others" if text else ""
+        (most,) = re.fullmatch(rf"{video:,} video tokens{others}: at most (\d\.\d\d) can be skipped", *run.record.notes).groups()
+        assert float(most) == pytest.approx(1 - floor, abs=0.0051)
 
 
 @every_order
@@ -272,7 +274,7 @@ def steps_of(run, layout, qkv, steps):
 
 
 LAYOUT = LAYOUTS["4x7x9"]
-WARM = "warm-up step"
+WARM, THE_LAST = "warm-up step", "AdaSpa's search step would be the last"
 EVERY_STEP = tuple(range(10))
 
 
@@ -318,11 +320,33 @@ EVERY_STEP = tuple(range(10))
     pytest.param({"end": 5}, (1, 4, 5), [
         (1, "search", 1, False), (4, "sparse", 1, False), (5, "one of the last steps", 1, False),
     ], id="the refresh is in the dense last steps"),
+    pytest.param({"refresh_at": 9}, (1, 2, 8, 9), [
+        (1, "search", 1, False), (2, "sparse", 1, False), (8, "sparse", 1, False), (9, "sparse", 1, False),
+    ], id="the refresh is the last step, as in a stage that ends above its share"),
+    pytest.param({"refresh_at": 7, "end": 2}, (1, 2, 7, 8), [
+        (1, "search", 1, False), (2, "sparse", 1, False), (7, "sparse", 1, False), (8, "one of the last steps", 1, False),
+    ], id="the refresh is the last sparse step"),
+    pytest.param({}, (1, 2, 9), [(1, "search", 1, True), (2, "sparse", 1, True), (9, "sparse", 1, True)], id="a cache skips the refresh to the end"),
+    pytest.param({"cache_refresh": 4}, (1, 5, 9), [(1, "search", 1, True), (5, "sparse", 5, False), (9, "sparse", 5, False)],
+        id="every four steps, the last time in the last step"),
+    pytest.param({"warmup": 10}, (7, 8, 9), [(7, WARM, None, False), (8, WARM, None, False), (9, THE_LAST, None, False)], id="all warm-up"),
+    pytest.param({"warmup": 3, "end": 7}, (1, 2, 3), [(1, WARM, None, False), (2, THE_LAST, None, False), (3, "one of the last steps", None, False)],
+        id="the last steps follow the warm-up"),
+    pytest.param({}, (8, 9), [(8, "search", 8, False), (9, "sparse", 8, False)], id="a condition that begins late"),
+    pytest.param({}, (9, 9), [(9, THE_LAST, None, False), (9, THE_LAST, None, False)], id="a condition that begins in the last step"),
 ])
 def test_schedule(knobs, steps, expected):
     run = make_session(adaspa, **knobs)
     assert steps_of(run, LAYOUT, random_qkv(LAYOUT), steps) == expected
     assert sorted(run.record.searches.elements()) == sorted({found for _, kind, found, _ in expected if kind in ("search", "sparse")})
+
+
+def test_a_search_without_a_later_step_is_made_where_it_is_saved():
+    """Another run may start from it."""
+    run = make_session(adaspa, warmup=10)
+    run.keeping, run.record.layout = Keeping(), LAYOUT
+    assert steps_of(run, LAYOUT, random_qkv(LAYOUT), (7, 8, 9)) == [(7, WARM, None, False), (8, "before", 8, True), (9, "search", 9, False)]
+    assert run.found_pattern(None) is not None
 
 
 def test_the_search_step_gives_dense_attention_and_later_ones_need_no_softmax(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 from pack.attention.methods import adaspa, svg
-from pack.attention.schedule import Schedule, in_layers, make_schedule, parse_layers
+from pack.attention.schedule import Schedule, in_layers, make_schedule, parse_layers, without_layers
 
 
 def flow(shift):
@@ -82,6 +82,13 @@ def test_warmup_and_end_steps():
     assert all(run(4, end_steps=9).is_end(step) for step in range(4))
 
 
+@pytest.mark.parametrize("warmup, end, steps", [(3, 2, range(7)), (0, 0, range(9)), (10, 0, ()), (4, 6, ()), (4, 5, range(4))])
+def test_a_step_is_followed_by_a_sparse_one_or_not(warmup, end, steps):
+    """Ten steps, of which those from `warmup` to the last `end` may be sparse."""
+    schedule = run(10, warmup_steps=warmup, end_steps=end)
+    assert [step for step in range(10) if schedule.sparse_after(step)] == list(steps)
+
+
 @pytest.mark.parametrize("shift", [1, 3, 5, 8])
 def test_a_sigma_names_its_step_through_rounding(shift):
     schedule = run(50, shift)
@@ -120,3 +127,11 @@ def test_what_does_not_parse_is_named(text, part):
 ])
 def test_negative_layers_count_from_the_end_where_it_is_known(text, layers, dense):
     assert [layer for layer in range(6) if in_layers(layer, parse_layers(text), layers)] == list(dense)
+
+
+@pytest.mark.parametrize("text, layers, none", [
+    ("0-2, -1", 6, []), ("7", 2, ["7"]), ("0, 2-5", 2, ["2-5"]), ("1-5", 2, []), ("-3", 2, ["-3"]), ("-9, 1, 8-9", 6, ["-9", "8-9"]),
+    ("7", None, []), ("", 2, []),
+])
+def test_layers_that_a_model_does_not_have_are_named(text, layers, none):
+    assert without_layers(parse_layers(text), layers) == none

@@ -145,7 +145,7 @@ def test_strict_makes_an_error_of_it_at_the_sampler(graphs, patch):
 def test_a_workflow_of_before_any_input_existed(graphs, patch):
     latent, data, _ = graphs.run(graphs.graph("wan", patch, steps=2))
     assert torch.equal(latent, graphs.dense("wan", steps=2))
-    assert data["sparse_calls"] == 0 and "1152 tokens are fewer than min_tokens (4096)" in data["reasons"]
+    assert data["sparse_calls"] == 0 and "1,152 tokens are fewer than min_tokens (4,096)" in data["reasons"]
     assert data["asked_sparsity"] == {SVG: 0.7, ADASPA: 0.8}[patch]
 
 

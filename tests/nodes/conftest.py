@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from oracle import relative_error
 
 KEY = "sparse_video_attention"
 # The tests' videos are short; what is asked here, everything else is the nodes' own.
@@ -27,7 +28,8 @@ class Host:
 
     def __init__(self, parts):
         self.name, self.unknown, self.interrupt = parts.NAME, parts.UNKNOWN, parts.Interrupt
-        self.load, self.sigmas, self.executing, self._parts = parts.load, parts.sigmas, parts.executing, parts
+        self.load, self.sigmas, self.executing, self.weights, self._parts = parts.load, parts.sigmas, parts.executing, parts.weights, parts
+        self.attention, self.replace_attention, self.honouring = parts.attention, parts.replace_attention, parts.honouring
         self.shown = []
         self.layers = {"wan": 2, "hunyuan": 3, "ltxv": 2, "cogvideox": 2, "unlisted": 2}
         self.tokens = {"wan": 576, "hunyuan": 576 + _TEXT, "ltxv": 576, "cogvideox": 576 + _TEXT, "unlisted": 576}
@@ -64,11 +66,12 @@ class Host:
 
     def guider(self, model, family, cfg=1.0, padded=False):
         guider = self._parts.CFGGuider(model)
-        guider.set_conds(self._text(family, 1, padded), self._text(family, 2, padded))
+        guider.set_conds(self.text(family, 1, padded), self.text(family, 2, padded))
         guider.set_cfg(cfg)
         return guider
 
-    def _text(self, family, seed, padded):
+    def text(self, family, seed, padded=False):
+        """CONDITIONING: random tokens, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         extra = {"pooled_output": torch.randn(1, 768, generator=generator)} if family == "hunyuan" and self.name == "real" else {}
         if padded or family in ("ltxv", "unlisted"):
@@ -77,16 +80,16 @@ class Host:
 
     def sample(
         self, model, family, steps=4, cfg=1.0, sampler="euler", sigmas=None, batch=1, seed=0, padded=False, callback=None, frames=_FRAMES,
-        node=SAMPLER_NODE, guider=None,
+        node=SAMPLER_NODE, guider=None, noise=None,
     ):
         """One run, as a sampler node does it."""
         channels, *size = _LATENT.get(family, _OTHER_LATENT)
         shape = (batch, channels, *size) if family == "image" else (batch, channels, frames, *size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) if noise is None else noise
         guider = guider or self.guider(model, family, cfg, padded)
         sigmas = self.sigmas(model, steps) if sigmas is None else sigmas
         with self.executing(node), torch.no_grad():
-            return guider.sample(noise, torch.zeros(shape), self._parts.sampler(sampler), sigmas, None, callback, True, seed)
+            return guider.sample(noise, torch.zeros_like(noise), self._parts.sampler(sampler), sigmas, None, callback, True, seed)
 
     def wrap(self, model, kind, wrapper, key="test"):
         """A clone of the model with a wrapper of another node: kind is "APPLY_MODEL", "DIFFUSION_MODEL" or "OUTER_SAMPLE"."""
@@ -101,6 +104,46 @@ class Host:
         before = options.get("optimized_attention_override")
         options["optimized_attention_override"] = lambda func, *args, **kwargs: override(before, func, *args, **kwargs)
         return changed
+
+    def compare(self, method, build, run, warmup=1, tokens=576, error=1e-5, counted=True, layers=2, bypass=False, **settings):
+        """Holds patched runs against the unpatched one: at sparsity 0 the same, at 0.3 the budget, and every call accounted for.
+
+        build(patch): the model with patch(model) somewhere in it. run(model): its video. warmup: how many first steps are dense.
+        counted: whether each evaluation's calls reach the patch. bypass: look at the model without the node afterwards.
+        Returns (the record at 0.3, evaluations as (sigma, conditions)).
+        """
+        patched, evaluations = [], []
+
+        def patch(sparsity):
+            def place(model):
+                patched.append(self.patch(method, self.wrap(model, "APPLY_MODEL", look), sparsity=sparsity, **settings))
+                return patched[-1]
+
+            return place
+
+        def look(executor, x, t, *args, **kwargs):
+            options = options_of(args, kwargs)
+            evaluations.append((float(t.flatten()[0]), len(options["cond_or_uncond"]), options["sample_sigmas"].tolist()))
+            return executor(x, t, *args, **kwargs)
+
+        dense = run(build(lambda model: model))
+        exact = run(build(patch(0.0)))
+        assert relative_error(exact, dense) < error
+        assert self.record(patched[-1]).sparse_calls > 0
+        evaluations.clear()
+        sparse = run(build(patch(0.3)))
+        assert relative_error(sparse, dense) > 1e-6
+        if bypass:
+            assert torch.equal(run(build(lambda model: model)), dense), "the model without the node has changed"
+        record = self.record(patched[-1])
+        assert abs(record.achieved_sparsity - 0.3) <= 64 / tokens, record.achieved_sparsity
+        assert set(record.reasons) <= {"warm-up step", "search step"} and sum(record.reasons.values()) == record.dense_calls
+        assert record.outcome == "finished" and record.warmup == warmup
+        if counted:
+            in_warmup = [conditions for sigma, conditions, sigmas in evaluations if sigma > sigmas[warmup] * (1 + 1e-4)]
+            assert record.dense_calls == layers * sum(in_warmup)
+            assert record.sparse_calls + record.dense_calls == layers * sum(conditions for _, conditions, _ in evaluations)
+        return record, [(sigma, conditions) for sigma, conditions, _ in evaluations]
 
     def probe(self, method, body, at=2, **settings):
         """Samples a patched Wan model for 3 steps; in evaluation number `at`, body(attend) may call attention as a block does.

@@ -61,6 +61,21 @@ def test_a_short_video_is_not_worth_it(host, load):
     assert host.shown[1].text == f"{start} · not worth it: below 4,096 tokens (min_tokens), its text counted, calls stay dense"
 
 
+def test_no_step_left_is_said(host, load):
+    case = _CASES["Wan T2V"]
+    zoo.sample(host.patch("adaspa", load("Wan T2V"), sparsity=0.5), case, case.sizes[0], steps=1)
+    start = "AdaSpa starts · 576 video tokens, 2 layers"
+    assert host.shown[1].text == f"{start} · no step is left for sparse attention: use more steps, or lower warmup_steps or end_steps"
+
+
+@pytest.mark.parametrize("attention, steps, why", [
+    (0.2, 0.1, ""), (0.8, 0.1, ", but few of the steps can be sparse"),
+    (0.8, 0.9, ", but sparse calls were measured to be hardly faster than dense ones"),
+])
+def test_why_little_is_gained(host, attention, steps, why):
+    assert host.module("outlook")._but(attention, steps) == why
+
+
 def test_a_gain_too_small_is_called_one(host, load, monkeypatch):
     case = _CASES["Mochi"]
     patched = host.patch("svg", load("Mochi"))  # a wide network on a short video

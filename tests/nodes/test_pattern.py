@@ -148,7 +148,8 @@ def test_later_finds_of_a_run_are_kept_too(host, saving, masks, no_search, metho
     assert relative_error(host.sample(patched, "wan"), video) < 1e-5
     assert same(masks, before)
     plans = next(iter(importlib.import_module("pack.nodes.pattern_files").read(_path(path)).plans.values()))
-    assert len(plans.sigmas) == {"svg": 3, "adaspa": 4}[method] and sorted(plans.sigmas, reverse=True) == list(plans.sigmas)
+    # SVG finds in the three sparse steps; AdaSpa in the warm-up too, and not in the last step, which no other follows.
+    assert len(plans.sigmas) == 3 and sorted(plans.sigmas, reverse=True) == list(plans.sigmas)
 
 
 def _path(path):
@@ -296,7 +297,7 @@ def test_a_failed_run_keeps_nothing(host, saving):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (None, "carries no sparse attention patch"), ({"warmup_steps": 4}, "no call ran sparse"),
+    (None, "No sparse attention patch in this run"), ({"warmup_steps": 4}, "no call ran sparse"),
 ])
 def test_nothing_to_save_is_said(host, saving, settings, words):
     model = host.load("wan") if settings is None else host.patch("svg", host.load("wan"), **settings)

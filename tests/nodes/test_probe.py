@@ -246,7 +246,7 @@ def test_a_run_without_a_sparse_call_says_so(host):
 def test_a_run_that_was_not_probed(host):
     patched, unsampled = host.patch("svg", host.load("wan")), host.patch("svg", host.load("wan"))
     host.sample(patched, "wan")
-    for model, words in ((patched, "not measured"), (host.load("wan"), "no sparse attention patch"), (unsampled, "not been sampled")):
+    for model, words in ((patched, "not measured"), (host.load("wan"), "No sparse attention patch in this run"), (unsampled, "not been sampled")):
         table, data, dense_layers, sparsity = results(host, model)
         assert words in table and words in data["why"] and words in host.shown[-1].text
         assert (dense_layers, sparsity) == ("auto", -1.0)

@@ -1,10 +1,4 @@
-"""Whole runs of patched models: what they compute, what they leave behind, and what other nodes may do around them."""
-
-import contextlib
-import gc
-import threading
-import weakref
-from dataclasses import fields, is_dataclass
+"""Whole runs of patched models: what they compute, and what other nodes may do around them. How they end is in test_lifecycle.py."""
 
 import pytest
 import torch
@@ -15,43 +9,6 @@ FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def tensors_of(value):
-    """Every tensor that a run's state holds, however deep; the run itself is not entered."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    elif is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value) if field.name != "run"]
-    return [tensor for part in value for tensor in tensors_of(part)] if isinstance(value, (list, tuple)) else []
-
-
-class Watch:
-    """A wrapper of another node, outside of ours: it keeps the session of each run, as a traceback may, but no tensor of it."""
-
-    def __init__(self, key):
-        self.key, self.sessions, self.tensors = key, [], []
-
-    def __call__(self, executor, *args, **kwargs):
-        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "sigmas" in value)
-        session = options[self.key].session
-        out = executor(*args, **kwargs)
-        if not any(known is session for known in self.sessions):
-            self.sessions.append(session)
-        self.tensors = [weakref.ref(tensor) for tensor in tensors_of([session._states, session._shared])]
-        return out
-
-    def assert_freed(self):
-        assert self.tensors, "no state was seen during the run"
-        gc.collect()
-        assert not [tensor for tensor in self.tensors if tensor() is not None]
-
-
-@pytest.fixture
-def watch(host):
-    return Watch(host.module("host").KEY)
 
 
 # --- what a run computes ---------------------------------------------------------------------------------------------
@@ -131,18 +88,6 @@ def test_padded_text_stays_sparse_and_exact(host, method):
     assert relative_error(host.sample(patched, "hunyuan", padded=True), dense) < 1e-5
     record = host.record(patched)
     assert record.sparse_calls == 9 and set(record.reasons) <= {"warm-up step", "search step"}
-
-
-@every_method
-@every_family
-def test_a_second_run_starts_clean(host, family, method, watch):
-    patched = host.patch(method, host.wrap(host.load(family), "APPLY_MODEL", watch), sparsity=0.4)
-    outputs = [host.sample(patched, family) for _ in range(2)]
-    assert torch.equal(*outputs)
-    first, second = host.records(patched)
-    assert first.to_json() == second.to_json()
-    assert len(watch.sessions) == 2 and watch.sessions[0] is not watch.sessions[1]
-    watch.assert_freed()
 
 
 @every_method
@@ -234,98 +179,6 @@ def test_context_windows_have_plans_of_their_own(host, method):
     forwards = host.sample(sparse, "wan", frames=10)
     windows.reverse()
     assert relative_error(host.sample(sparse, "wan", frames=10), forwards) < 1e-6
-
-
-# --- how a run ends --------------------------------------------------------------------------------------------------
-
-
-@every_method
-@pytest.mark.parametrize("kind", ["interrupt", "error"])
-def test_a_run_that_breaks_off_leaves_nothing_but_its_record(host, method, kind, watch):
-    error = host.interrupt if kind == "interrupt" else ZeroDivisionError
-
-    def stop(step, *_):
-        if step == 2:
-            raise error("stop")
-
-    patched = host.patch(method, host.wrap(host.load("wan"), "APPLY_MODEL", watch), sparsity=0.4)
-    guider = host.guider(patched, "wan")
-    before = guider.model_options
-    kept = {**before["transformer_options"]}
-    with pytest.raises(error):
-        host.sample(patched, "wan", guider=guider, callback=stop)
-    assert guider.model_options is before and before["transformer_options"] == kept
-    watch.assert_freed()
-    record = host.record(patched)
-    assert record.outcome == ("interrupted" if kind == "interrupt" else "failed (ZeroDivisionError)")
-    assert record.sparse_calls + record.dense_calls == 6, "three steps of two layers"
-    assert host.shown[-1].text.startswith(f"{record.method} · {record.outcome}")
-
-    complete = host.sample(patched, "wan", guider=guider)
-    assert torch.equal(complete, host.sample(patched, "wan"))
-    assert [run.outcome for run in host.records(patched)][1:] == ["finished", "finished"]
-
-
-@every_method
-@pytest.mark.parametrize("breaks", [False, True], ids=["finished", "broken off"])
-def test_the_options_are_the_guiders_own_again_after_a_run(host, method, breaks):
-    """Seen by a node whose wrapper of the whole run is outside of ours."""
-    seen = []
-
-    def outside(executor, *args, **kwargs):
-        guider = executor.class_obj
-        seen.append((guider.model_options, dict(guider.model_options["transformer_options"])))
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            seen.append((guider.model_options, dict(guider.model_options["transformer_options"])))
-
-    def stop(*_):
-        if breaks:
-            raise host.interrupt
-
-    patched = host.patch(method, host.wrap(host.load("wan"), "OUTER_SAMPLE", outside), sparsity=0.4)
-    guider = host.guider(patched, "wan")
-    before = guider.model_options
-    with pytest.raises(host.interrupt) if breaks else contextlib.nullcontext():
-        host.sample(patched, "wan", guider=guider, callback=stop)
-    (options, kept), (options_after, kept_after) = seen
-    assert options_after is options and kept_after == kept
-    assert host.module("host").OVERRIDE not in kept and host.module("host").KEY not in kept
-    assert guider.model_options is before
-
-
-@every_method
-def test_one_model_in_two_samplers_at_once(host, method):
-    patched = host.patch(method, host.load("wan"), sparsity=0.4)
-    expected = {seed: host.sample(patched, "wan", seed=seed, node=str(seed)) for seed in (1, 2)}
-    alone = {run.node: run.to_json() for run in host.records(patched)}
-    in_step, outputs, failures = threading.Barrier(2, timeout=60), {}, []
-
-    def run(seed):
-        try:
-            outputs[seed] = host.sample(patched, "wan", seed=seed, node=str(seed), callback=lambda *_: in_step.wait())
-        except BaseException as error:
-            failures.append(error)
-            in_step.abort()
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failures
-    for seed in (1, 2):
-        assert relative_error(outputs[seed], expected[seed]) < 1e-6
-    assert {run.node: run.to_json() for run in host.records(patched)[2:]} == alone
-
-
-@every_method
-def test_the_log_keeps_the_newest_sixteen_runs(host, method):
-    patched = host.patch(method, host.load("wan"), sparsity=0.4)
-    for number in range(17):
-        host.sample(patched, "wan", steps=1, frames=3, node=str(number))
-    assert [run.node for run in host.records(patched)] == [str(number) for number in range(1, 17)]
 
 
 # --- other nodes -----------------------------------------------------------------------------------------------------

@@ -86,9 +86,10 @@ def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
     text = host.shown[-1].text
     (reason,) = record.reasons
     assert text.split(" · ") == [
-        record.method, "done", f"{record.achieved_sparsity:.0%} skipped (asked 40%)",
+        record.method, "done", f"{record.run_sparsity:.0%} of the whole run's attention skipped",
+        f"in sparse calls {record.achieved_sparsity:.0%} skipped (asked 40%)",
         f"{record.sparse_calls} sparse, {record.dense_calls} dense calls", f"dense: {reason} (2)", *_measured(record),
-        f"{record.run_sparsity:.0%} over the whole run", *record.notes,
+        *record.notes,
     ]
     assert text in [entry.getMessage() for entry in caplog.records if entry.levelno == logging.INFO]
 
@@ -99,7 +100,8 @@ def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
     [
         ({"warmup_steps": 4}, 9, "use more steps."), ({"end_steps": 4, "warmup_steps": 0}, 9, "Lower end_steps."),
         ({"dense_layers": "0-1", "warmup_steps": 0}, 9, "Shorten dense_layers."), ({"dense_layers": "0-1"}, 9, "Shorten dense_layers."),
-        ({"min_tokens": 5000}, 9, "lower min_tokens."), ({}, 1, "Reason: one latent frame: there are no other frames to skip."),
+        ({"min_tokens": 5000}, 9, "set min_tokens (an advanced input) to 0 to try it anyway."),
+        ({}, 1, "Reason: one latent frame: there are no other frames to skip."),
     ],
     ids=["warm-up", "last steps", "dense layers", "dense layers after a warm-up", "min_tokens", "one frame"],
 )
@@ -136,7 +138,7 @@ def test_where_a_precision_cannot_run_the_models_own_is_used_and_it_is_said(host
     patched = host.patch(method, model, precision=precision, **settings)
     assert torch.equal(host.sample(patched, "wan"), expected)
     assert f" · precision {precision}: " in host.shown[-1].text and host.shown[-1].text.count("computed in float32") == 1
-    with pytest.raises(RuntimeError, match=f"strict: a call would run dense: precision {precision}: ") as caught:
+    with pytest.raises(RuntimeError, match=f"strict: a call would run in float32: precision {precision}: ") as caught:
         host.sample(host.patch(method, model, precision=precision, strict=True, **settings), "wan")
     assert "Set backend" not in str(caught.value)
 
@@ -157,7 +159,7 @@ def test_a_short_budget_is_said_with_what_is_possible(host, method):
     patched = host.patch(method, host.load("wan"), sparsity=0.95)
     host.sample(patched, "wan", frames=3)
     record = host.record(patched)
-    limits = [note for note in record.notes if re.match(r"3 latent frames.*: at most 0\.\d+ can be skipped", note)]
+    limits = [note for note in record.notes if re.match(r"(3 latent frames|192 video tokens).*: at most 0\.\d+ can be skipped", note)]
     assert limits and all(limit in host.shown[-1].text for limit in limits)
     assert 0 < record.achieved_sparsity < 0.95 and f"{record.achieved_sparsity:.0%} skipped (asked 95%)" in host.shown[-1].text
 

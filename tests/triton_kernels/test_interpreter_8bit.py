@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,8 +16,7 @@ pytestmark = [
 if not interpreted():
     pytest.skip("needs a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
-import triton.runtime.interpreter as interpreter  # noqa: E402
+from interpreter_casts import right_casts  # noqa: E402, F401
 from kernel_cases import make  # noqa: E402
 from pack.kernels import triton_forward_8bit  # noqa: E402
 
@@ -26,24 +24,6 @@ PRECISIONS = ("int8", "fp8")
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
 # Relative L2 error. A score that lies between two numbers of the 8 bits may go either way, so a few of them do.
 TOLERANCE = {("int8", torch.float32): 2e-3, ("int8", torch.float16): 3e-3, ("fp8", torch.float32): 4e-3, ("fp8", torch.float16): 4e-3}
-
-
-@pytest.fixture
-def right_casts(monkeypatch):
-    """The interpreter's own casts to and from e4m3 round wrongly (a carry out of the mantissa is lost): torch's in their place."""
-    kinds = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz}
-    convert = interpreter._convert_float
-
-    def cast(values, source, target, rounding):
-        if target in kinds:
-            assert source == tl.float32
-            return torch.from_numpy(values.copy()).to(kinds[target]).view(torch.uint8).numpy()
-        if source in kinds:
-            wide, plain = {tl.float32: (torch.float32, np.uint32), tl.float16: (torch.float16, np.uint16)}[target]
-            return torch.from_numpy(values.copy()).view(kinds[source]).to(wide).numpy().view(plain)
-        return convert(values, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", cast)
 
 
 def error(actual, expected):
