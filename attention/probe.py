@@ -110,12 +110,13 @@ def relative_errors(sparse: Tensor, dense: Tensor) -> Tensor:
 class ProbeRecord:
     """What a probed run found, in numbers alone.
 
-    sparsities: those measured, the run's own first. achieved: what each skipped in fact, once the run has ended.
+    sparsities: those measured, the run's own first. achieved: the share that each skipped in fact, mean over the calls that were measured;
+    known once the run has ended. Where what is always kept leaves no room for more, as in short videos, several are the same.
     """
 
     def __init__(self, config: ProbeConfig, sparsities: tuple[float, ...], layers: int | None, dense_layers: str):
         self.config, self.sparsities, self.layers, self.dense_layers = config, sparsities, layers, dense_layers
-        self.achieved = list(sparsities)
+        self.achieved = [0.0] * len(sparsities)
         self.calls = 0
         self.steps: set[int] = set()
         self.why: str | None = None  # why probing ended early
@@ -168,6 +169,8 @@ class Suggestion:
 def suggest(record: ProbeRecord, max_error: float) -> Suggestion:
     """The measured sparsity that skips most once every layer whose mean error is above `max_error` is dense.
 
+    Where several skip alike, as where each is more than a short video allows, the patch's own goes first, then the highest below it.
+
     Raises ValueError for a bound that is no positive number.
     """
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 < max_error < math.inf:
@@ -182,8 +185,9 @@ def suggest(record: ProbeRecord, max_error: float) -> Suggestion:
         # A number is dense in all stacks that bear it. What was not measured at this sparsity is not promised.
         bad = {layer[0] for layer in measured if errors.get(layer) is None or errors[layer] > max_error}
         share = record.achieved[rung] * sum(layer[0] not in bad for layer in measured) / len(measured)
-        # Alike in what they skip: fewer dense layers, then the lower sparsity.
-        key = (round(share, 6), -len(bad), -sparsity)
+        # Alike in what they skip: fewer dense layers, then what skips less by itself, then the highest asked that is not above the patch's own.
+        above = sparsity > record.sparsities[0]
+        key = (round(share, 6), -len(bad), -round(record.achieved[rung], 6), not above, -sparsity if above else sparsity)
         if best is None or key > best[0]:
             best = key, sparsity, bad, share
     _, sparsity, bad, share = best
@@ -237,6 +241,7 @@ class Probe:
         self._steps = evenly_spaced(_sparse_steps(session.schedule), config.steps)
         self._seen: set[Hashable] = set()
         self._pending: list[tuple[int, LayerKey, Tensor]] = []
+        self._measured: set[tuple[int, LayerKey]] = set()
         self._lock = threading.Lock()
 
     def attend(self, call: AttentionCall, dense: Callable[[], Tensor]) -> tuple[Tensor | Dense, bool]:
@@ -275,9 +280,10 @@ class Probe:
         self._free()
         if self.record.calls:
             self._session.note(f"slower than usual: a probe computed {self.record.calls} calls both ways")
-        for number, record in enumerate([self._session.record, *(rung.record for rung in self._rungs)]):
-            if record.sparse_calls:
-                self.record.achieved[number] = record.achieved_sparsity
+        # The run has made more calls than were measured: over all of them, its figure would not compare with a rung's.
+        for number, session in enumerate([self._session, *self._rungs]):
+            session.record.flush()
+            self.record.achieved[number] = session.record.sparsity_in(self._measured)
         return self.record
 
     def _free(self) -> None:
@@ -327,6 +333,7 @@ class Probe:
         errors = relative_errors(sparse, exact)
         with self._lock:
             self._pending.append((rung, (call.layer, call.stack), errors))
+            self._measured.add((call.step, (call.layer, call.stack)))
             self.record.steps.add(call.step)
             self.record.calls += rung == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,14 @@ class RunRecord:
     def achieved_sparsity(self) -> float:
         """Skipped share of query-key pairs, mean over the sparse calls."""
         return self._sparsity.value
+
+    def sparsity_in(self, cells: Iterable[tuple[int, LayerKey]]) -> float:
+        """Skipped share of query-key pairs, mean over the calls of these steps and layers; 0 where none of them has been read back."""
+        mean = _Mean()
+        for cell in sorted(cells):
+            if cell in self._cells:
+                mean.add(self._cells[cell].value, self._cells[cell].count)
+        return mean.value
 
     @property
     def calls(self) -> int:

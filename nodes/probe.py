@@ -141,7 +141,9 @@ def _table(found: ProbeRecord, advice: Suggestion, max_error: float) -> str:
     # One column of layers a sparsity, then the heads at the patch's own.
     columns = [found.by_layer(rung) for rung in range(len(found.sparsities))]
     layers = sorted(columns[0], key=lambda layer: (-(columns[0][layer] or 0.0), layer))
-    lines += ["", "mean error of each layer, by sparsity", f"{'layer':<10}" + "".join(f"{sparsity:>8g}" for sparsity in found.sparsities)]
+    lines += ["", "mean error of each layer, by sparsity; skipped: what each came to in the measured calls"]
+    lines.append(f"{'asked':<10}" + "".join(f"{sparsity:>8g}" for sparsity in found.sparsities))
+    lines += [f"{'skipped':<10}" + "".join(_figure(achieved) for achieved in found.achieved), "layer"]
     lines += [f"{name_of_layer(layer):<10}" + "".join(_figure(column.get(layer)) for column in columns) for layer in layers[:_MOST_ROWS]]
     rows = found.worst()
     lines += ["", f"error of each head at sparsity {found.sparsities[0]:g}", f"{'layer':>5}  {'stack':<8}{'head':>5}{'error':>8}"]

@@ -4,12 +4,14 @@ where its node expects it."""
 import json
 import math
 import re
+import uuid
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
+SNAPSHOT = json.loads((FOLDER.parent / "tests" / "snapshots" / "nodes.json").read_text(encoding="utf-8"))
 
 # Our nodes as saved workflows know them: widgets in their order with what they start from. Values are saved by place, so the order never changes.
 COMMON = [("sparsity", None), ("warmup_steps", -1), ("cache_refresh", -1), ("dense_layers", None), ("end_steps", 0), ("min_tokens", -1)]
@@ -18,12 +20,21 @@ OURS = {
     "SparseAttentionPatchSVG": [*COMMON, ("sampled_rows", 64), *LAST],
     "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "tile"), *LAST],
     "SparseAttentionReport": [("layer", 0), ("head", 0)],
+    "SparseAttentionProbe": [("layers", ""), ("most_layers", 0), ("steps", 3), ("sparsities", "auto"), ("continue_with", "sparse")],
+    "SparseAttentionProbeResults": [("max_error", 0.3)],
+    "SparseAttentionSavePattern": [("filename_prefix", "pattern")],
+    "SparseAttentionLoadPattern": [("file", "none"), ("path", "")],
 }
 OWN = {"SparseAttentionPatchSVG": {"sparsity": 0.7, "dense_layers": "0"}, "SparseAttentionPatchAdaSpa": {"sparsity": 0.8, "dense_layers": ""}}
 # What a file sets otherwise, by the patch's title.
 SET = {
-    "wan22_i2v": {"": {"cache_refresh": 0}},
-    "wan22_t2v_4_steps": {"High noise: sparse attention": {"warmup_steps": 1}, "Low noise: sparse attention": {"warmup_steps": 0}},
+    "wan_t2v_svg": {"": {"sparsity": -1}},
+    "wan_t2v_adaspa": {"": {"sparsity": -1}},
+    "wan_probe": {"": {"dense_layers": ""}},
+    "wan_pattern": {"": {"sparsity": -1}},
+    "wan22_t2v_4_steps": {
+        "High noise: sparse attention": {"sparsity": 0.6, "warmup_steps": 1}, "Low noise: sparse attention": {"sparsity": 0.6, "warmup_steps": 0},
+    },
     "wan_dense_and_sparse": {"": {"sparsity": -1, "dense_layers": "auto"}},
     "ltx2_t2v": {"": {"warmup_steps": 4}},
 }
@@ -31,7 +42,13 @@ SLOTS = {
     "SparseAttentionPatchSVG": (["model"], ["MODEL"]),
     "SparseAttentionPatchAdaSpa": (["model"], ["MODEL"]),
     "SparseAttentionReport": (["model", "samples"], ["LATENT", "IMAGE", "STRING"]),
+    "SparseAttentionProbe": (["model"], ["MODEL"]),
+    "SparseAttentionProbeResults": (["model", "samples"], ["LATENT", "STRING", "STRING", "STRING", "FLOAT"]),
+    "SparseAttentionSavePattern": (["model", "samples"], ["LATENT", "STRING"]),
+    "SparseAttentionLoadPattern": (["model"], ["MODEL"]),
 }
+# Each stands behind the sampler of the model that it is connected to, and tells of its run or keeps what it found.
+TELLING = ("SparseAttentionReport", "SparseAttentionProbeResults", "SparseAttentionSavePattern")
 CORE = {
     "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "CheckpointLoaderSimple", "LTXAVTextEncoderLoader", "LTXVAudioVAELoader",
     "LoraLoaderModelOnly", "CLIPTextEncode", "LoadImage", "EmptyHunyuanLatentVideo", "EmptyHunyuanVideo15Latent", "EmptyLTXVLatentVideo",
@@ -72,12 +89,12 @@ def sources(graph: dict) -> dict[tuple[int, str], tuple[dict, int]]:
     return {(link[3], nodes[link[3]]["inputs"][link[4]]["name"]): (nodes[link[1]], link[2]) for link in graph["links"]}
 
 
-def above(graph: dict, node: dict) -> set[int]:
-    """The ids of all nodes that a node is made from."""
+def above(graph: dict, node: dict, kind: str = "") -> set[int]:
+    """The ids of all nodes that a node is made from; of a kind of link, if one is given."""
     found, waiting = set(), {node["id"]}
     while waiting:
         found |= waiting
-        waiting = {link[1] for link in graph["links"] if link[3] in waiting} - found
+        waiting = {link[1] for link in graph["links"] if link[3] in waiting and kind in link[5]} - found
     return found - {node["id"]}
 
 
@@ -93,10 +110,16 @@ def overlap(one: dict, other: dict) -> bool:
 def test_there_is_one_for_each_method_and_for_each_large_family():
     assert {path.stem for path in FILES} >= {
         "wan_t2v_svg", "wan_t2v_adaspa", "wan22_t2v", "wan22_i2v", "wan_dense_and_sparse", "hunyuan15_t2v", "wan_vace", "wan22_t2v_4_steps",
-        "ltx2_t2v", "minimax_h3_t2v",
+        "ltx2_t2v", "minimax_h3_t2v", "wan_probe", "wan_pattern",
     }
-    patches = {node["type"] for path in FILES for node in of_type(read(path), *OWN)}
-    assert patches == set(OWN)
+    ours = {node["type"] for path in FILES for node in of_type(read(path), *OURS)}
+    assert ours == set(OURS) == set(SNAPSHOT), "each of our nodes is in one"
+
+
+def test_each_has_an_id_of_its_own():
+    """By it the frontend keeps what belongs to one workflow apart from others'."""
+    ids = [uuid.UUID(read(path)["id"]) for path in FILES]
+    assert len(set(ids)) == len(ids) and uuid.UUID(int=0) not in ids
 
 
 @every_file
@@ -150,22 +173,23 @@ def test_every_link_has_both_ends(path):
 
 
 @every_file
-def test_every_patch_is_sampled_and_a_report_stands_behind_its_sampler(path):
+def test_every_patch_is_sampled_and_what_tells_of_it_stands_behind_its_sampler(path):
     graph = read(path)
     linked, nodes = sources(graph), {node["id"]: node for node in graph["nodes"]}
     decoders = of_type(graph, "VAEDecode", "VAEDecodeTiled")
     patches = of_type(graph, *OWN)
-    assert patches and len(patches) == len(of_type(graph, "SparseAttentionReport"))
+    assert patches and len(patches) == len(of_type(graph, *TELLING))
     for patch in patches:
-        takers = [nodes[number] for (number, name), (source, _) in linked.items() if name == "model" and source is patch]
-        (report,) = [node for node in takers if node["type"] == "SparseAttentionReport"]
+        (marked,) = [node for node in of_type(graph, "SparseAttentionProbe") if linked[node["id"], "model"][0] is patch] or [patch]
+        takers = [nodes[number] for (number, name), (source, _) in linked.items() if name == "model" and source is marked]
+        (telling,) = [node for node in takers if node["type"] in TELLING]
         (called,) = [node for node in takers if node["type"] in (*SAMPLERS, "CFGGuider", "BasicGuider")]
-        assert {node["type"] for node in takers} <= {"SparseAttentionReport", "BasicScheduler", called["type"]}
-        sampler, output = linked[report["id"], "samples"]
+        assert {node["type"] for node in takers} <= {telling["type"], "BasicScheduler", called["type"]}
+        sampler, output = linked[telling["id"], "samples"]
         assert sampler["type"] in SAMPLERS and output == 0
         assert sampler is called or linked[sampler["id"], "guider"][0] is called
-        assert any(report["id"] in above(graph, decoder) for decoder in decoders), "the report's latent goes on"
-        upstream = [nodes[number]["type"] for number in above(graph, patch)]
+        assert any(telling["id"] in above(graph, decoder) for decoder in decoders), "the latent goes on, or what the run found does"
+        upstream = [nodes[number]["type"] for number in above(graph, patch, "MODEL")]
         assert set(upstream) & {"UNETLoader", "CheckpointLoaderSimple"} and not set(upstream) & {*SAMPLERS, *OWN}
     assert all(len(above(graph, node)) > 3 for node in of_type(graph, "SaveVideo"))
 
@@ -174,7 +198,7 @@ def test_every_patch_is_sampled_and_a_report_stands_behind_its_sampler(path):
 def test_nothing_stands_unconnected(path):
     """But notes: every other node is part of what is saved or shown."""
     graph = read(path)
-    ends = of_type(graph, "SaveVideo", "PreviewAny", "SparseAttentionReport")
+    ends = of_type(graph, "SaveVideo", "PreviewAny", "SparseAttentionReport", "SparseAttentionProbeResults")
     used = {node["id"] for node in ends}.union(*(above(graph, node) for node in ends))
     assert [node["type"] for node in graph["nodes"] if node["id"] not in used] == ["MarkdownNote"] * len(of_type(graph, "MarkdownNote"))
 
@@ -209,6 +233,44 @@ def test_dense_and_sparse_differ_in_the_patch_alone():
     assert sparse["id"] in right and dense["id"] not in right
 
 
+def test_the_second_run_of_the_pattern_differs_in_the_pattern_and_the_seed_alone():
+    graph = read(FOLDER / "wan_pattern.json")
+    linked = sources(graph)
+    (save,), (load,), (report,) = (of_type(graph, f"SparseAttention{name}") for name in ("SavePattern", "LoadPattern", "Report"))
+    first, second = (linked[node["id"], "samples"][0] for node in (save, report))
+    assert first["widgets_values"][2:] == second["widgets_values"][2:] and first["widgets_values"][0] != second["widgets_values"][0]
+    assert first["widgets_values"][1] == second["widgets_values"][1] == "fixed"
+    assert all(linked[first["id"], name] == linked[second["id"], name] for name in ("positive", "negative", "latent_image"))
+    searching, loaded = (linked[node["id"], "model"][0] for node in (first, second))
+    assert searching["widgets_values"] == loaded["widgets_values"] and searching["type"] == loaded["type"] == "SparseAttentionPatchAdaSpa"
+    assert linked[loaded["id"], "model"][0] is load and linked[load["id"], "model"] == linked[searching["id"], "model"]
+    source, output = linked[load["id"], "path"]
+    assert source is save and save["outputs"][output]["name"] == "path"
+
+
+def test_a_probe_shows_its_table_and_measures_every_layer():
+    graph = read(FOLDER / "wan_probe.json")
+    linked = sources(graph)
+    (results,), (patch,), (shown,) = of_type(graph, "SparseAttentionProbeResults"), of_type(graph, *OWN), of_type(graph, "PreviewAny")
+    source, output = linked[shown["id"], "source"]
+    assert source is results and results["outputs"][output]["name"] == "table"
+    assert dict(zip((name for name, _ in OURS[patch["type"]]), patch["widgets_values"], strict=True))["dense_layers"] == ""
+
+
+@every_file
+def test_no_wire_runs_backwards(path):
+    """Each begins left of where it ends: from the right edge of a node to the left edge of the other."""
+    graph = read(path)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    ends = {link[0]: (nodes[link[1]], nodes[link[3]]) for link in graph["links"]}
+    assert [(a["type"], b["type"]) for a, b in ends.values() if a["pos"][0] + a["size"][0] > b["pos"][0]] == []
+
+
+@every_file
+def test_a_report_is_wide_enough_for_its_picture(path):
+    assert all(node["size"][0] >= 560 and node["size"][1] >= 520 for node in of_type(read(path), "SparseAttentionReport"))
+
+
 @every_file
 def test_every_model_file_says_where_it_is_found(path):
     """The frontend offers to download what is missing from these."""
@@ -230,7 +292,7 @@ def test_notes_say_what_it_is_and_what_to_expect(path):
     notes = {node["title"]: node["widgets_values"][0] for node in of_type(graph, "MarkdownNote")}
     assert set(notes) == {"Read me", "What to expect, and the knobs"}
     assert all(any(line.startswith("## ") for line in words.splitlines()) for words in notes.values())
-    assert "**sparsity**" in notes["What to expect, and the knobs"]
+    assert "sparsity**" in notes["What to expect, and the knobs"]
     for type, version in NEWER.items():
         assert bool(of_type(graph, type)) == (f"Needs ComfyUI {version}" in notes["Read me"])
 
@@ -261,7 +323,6 @@ def test_it_has_a_picture(path):
 # ---- the subgraph blueprints ----
 
 BLUEPRINTS = sorted((FOLDER.parent / "subgraphs").glob("*.json"))
-SNAPSHOT = json.loads((FOLDER.parent / "tests" / "snapshots" / "nodes.json").read_text(encoding="utf-8"))
 AUTOMATIC = {"sparsity": -1, "dense_layers": "auto"}
 # What each sets otherwise than the nodes themselves, by the title of a patch.
 BLUEPRINT_SET = {

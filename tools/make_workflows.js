@@ -6,39 +6,51 @@ const [playwright, port, specs, out, mode] = process.argv.slice(2)
 const { chromium } = require(playwright)
 const SIZE = { width: 2200, height: 1200 }
 
-// In the page: nodes stand in columns, each as high as the frontend wants it, never on one another.
+// In the page: stacks of groups from left to right, each group's nodes in columns, as high as the frontend wants them, never on one another.
 async function build(spec) {
     const { app, LiteGraph } = window
     const rest = () => new Promise(done => setTimeout(done, 100))
     app.graph.clear()
     const nodes = {}
-    let x = 0
-    for (const column of spec.columns) {
-        let y = 0
-        for (const [name, type, widgets = {}, options = {}] of column.nodes) {
-            const node = LiteGraph.createNode(type)
-            if (!node) throw new Error(`no node ${type}`)
-            app.graph.add(node)
-            nodes[name] = node
-            if (options.title) node.title = options.title
-            if (options.colors) [node.color, node.bgcolor] = options.colors
-            if (options.models) node.properties.models = options.models
-            for (const [key, value] of Object.entries(widgets)) {
-                const widget = node.widgets.find(w => w.name === key) ?? (type === "MarkdownNote" ? node.widgets[0] : null)
-                if (!widget) throw new Error(`${type} has no widget ${key}: ${node.widgets.map(w => w.name)}`)
-                widget.value = value
+    const BESIDE = 60, BELOW = 70, EDGE = 20, TITLE = 90
+    let x = 0, level = 0 // what is below the notes, so that wires run level
+    for (const stack of spec.stacks) {
+        let top = level, widest = 0
+        for (const { title, columns } of stack) {
+            let left = x, bottom = top
+            for (const column of columns) {
+                let y = top
+                for (const [name, type, widgets = {}, options = {}] of column.nodes) {
+                    const node = LiteGraph.createNode(type)
+                    if (!node) throw new Error(`no node ${type}`)
+                    app.graph.add(node)
+                    nodes[name] = node
+                    if (options.title) node.title = options.title
+                    if (options.colors) [node.color, node.bgcolor] = options.colors
+                    if (options.models) node.properties.models = options.models
+                    for (const [key, value] of Object.entries(widgets)) {
+                        const widget = node.widgets.find(w => w.name === key) ?? (type === "MarkdownNote" ? node.widgets[0] : null)
+                        if (!widget) throw new Error(`${type} has no widget ${key}: ${node.widgets.map(w => w.name)}`)
+                        widget.value = value
+                    }
+                    await rest()
+                    const least = node.computeSize()
+                    node.setSize([column.width, Math.max(least[1], options.height ?? 0)])
+                    node.pos = [left, y]
+                    y += node.size[1] + (options.room ?? 0) + BELOW
+                }
+                bottom = Math.max(bottom, y - BELOW)
+                left += column.width + BESIDE
             }
-            await rest()
-            const least = node.computeSize()
-            node.setSize([column.width, Math.max(least[1], options.height ?? 0)])
-            node.pos = [x, y]
-            y += node.size[1] + 70
+            const group = new LiteGraph.LGraphGroup(title)
+            app.graph.add(group)
+            group.pos = [x - EDGE, top - TITLE]
+            group.size = [left - BESIDE - x + 2 * EDGE, bottom - top + TITLE + 30]
+            widest = Math.max(widest, left - BESIDE - x)
+            top = bottom + TITLE + 70
+            if (x === 0 && level === 0 && stack.length > 1) level = top
         }
-        const group = new LiteGraph.LGraphGroup(column.title)
-        app.graph.add(group)
-        group.pos = [x - 20, -90]
-        group.size = [column.width + 40, y + 50]
-        x += column.width + 110
+        x += widest + 110
     }
     for (const [source, output, target, input] of spec.links) {
         const slot = nodes[target].findInputSlot(input)
@@ -46,7 +58,7 @@ async function build(spec) {
         if (slot < 0 || !nodes[source].connect(out, nodes[target], slot)) throw new Error(`${source}.${output} -> ${target}.${input}`)
     }
     await rest()
-    return app.graph.serialize()
+    return { ...app.graph.serialize(), id: spec.id }
 }
 
 // In the page: what was built, as one subgraph with inputs and outputs of its own, put into the library as a person does.
@@ -55,7 +67,7 @@ async function publish(spec) {
     const PREVIEW = "$$canvas-image-preview" // the frontend's name for the pictures that a node shows
     const rest = () => new Promise(done => setTimeout(done, 200))
     // Where the nodes are found after they have moved into the subgraph.
-    for (const node of app.graph._nodes) node.properties.maker = spec.columns.flatMap(column => column.nodes)[app.graph._nodes.indexOf(node)][0]
+    for (const node of app.graph._nodes) node.properties.maker = spec.names[app.graph._nodes.indexOf(node)]
     for (const group of [...app.graph._groups]) app.graph.remove(group)
     const { subgraph, node: host } = app.graph.convertToSubgraph(new Set(app.graph._nodes))
     await rest()

@@ -1,17 +1,23 @@
 /**
- * The panel on the patch nodes: how much is skipped against what was asked, and the live line.
+ * The panel on the patch nodes: how much is skipped against what was asked, and the live line. The nodes that only tell something
+ * have one too, without figures: ComfyUI's own text widget cuts what is longer than two lines.
  *
  * The server sends one event for every line that it shows, followed by the line as ComfyUI's own text on the node
  * (nodes/host.py). Without this script, or with a server side that sends no events, that text is all there is. Once
  * there is a panel it stands in for ComfyUI's text widget, under that widget's name, so that nothing is said twice.
  *
  * A patch node inside a subgraph has a panel of its own, and so has every subgraph node around it: one for each patch within.
+ * A prompt that leaves a patch node out sends nothing about it, so its panel is told by the start of that prompt.
  */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const EVENT = "sparse_video_attention.run"; // RUN_EVENT in nodes/host.py
-const NODES = new Set(["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]);
+const PATCHES = new Set(["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]);
+const TELLERS = new Set(["SparseAttentionProbe", "SparseAttentionProbeResults", "SparseAttentionSavePattern", "SparseAttentionLoadPattern"]);
+// LiteGraph's modes of nodes that are no part of a prompt.
+const LEFT_OUT = new Map([[2, "Muted"], [4, "Bypassed"]]);
+const MOST_SHORT = 0.02; // a run that has skipped less than asked by more than this is no success
 // ComfyUI's name for its widget with a line of text; it looks for one before it makes one.
 const WIDGET = "$$node-text-preview";
 const TYPE = "sparse_video_attention_panel";
@@ -30,8 +36,8 @@ const STYLE = `
 .sva-panel { box-sizing: border-box; width: 100%; min-height: 100%; overflow-y: auto; cursor: default; user-select: text;
   font: 11px/1.35 system-ui, sans-serif; color: var(--input-text, #ddd); --sva-colour: #4a90d9; }
 .sva-panel[data-state="done"] { --sva-colour: #3fa45b; }
-.sva-panel[data-state="stopped"] { --sva-colour: #8a8a8a; }
-.sva-panel[data-state="warning"] { --sva-colour: #e0a030; }
+.sva-panel[data-state="stopped"], .sva-panel[data-state="left out"] { --sva-colour: #8a8a8a; }
+.sva-panel[data-state="warning"], .sva-panel[data-short] { --sva-colour: #e0a030; }
 .sva-inner { box-sizing: border-box; padding: 5px 7px; border-radius: 6px; background: var(--comfy-input-bg, #222);
   border-left: 3px solid var(--sva-colour); }
 .sva-panel[data-state="warning"] .sva-inner { outline: 1px solid var(--sva-colour); outline-offset: -1px; }
@@ -41,6 +47,7 @@ const STYLE = `
 .sva-fill { height: 100%; background: var(--sva-colour); transition: width 0.2s; }
 .sva-asked { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: var(--input-text, #fff); }
 .sva-line { overflow-wrap: anywhere; }
+.sva-panel[data-state="left out"] .sva-line { color: var(--descrip-text, #999); }
 .sva-title { font-weight: 600; overflow-wrap: anywhere; }
 .sva-title:empty { display: none; }
 .sva-panel:not([data-figures]) :is(.sva-head, .sva-bar) { display: none; }
@@ -49,6 +56,7 @@ const STYLE = `
 const isShare = (value) => typeof value === "number" && value >= 0 && value <= 1;
 const percent = (share) => `${(100 * share).toFixed(0)}%`;
 const rootGraph = () => app.rootGraph ?? app.graph;
+const kindOf = (node) => node.comfyClass ?? node.type;
 
 function element(name, ...children) {
   const made = document.createElement("div");
@@ -111,8 +119,10 @@ class Panel {
   show(data) {
     const { dataset } = this.root;
     dataset.state = data.state ?? "note";
+    delete dataset.short;
     if (isShare(data.asked) && isShare(data.achieved)) {
       dataset.figures = "";
+      if (data.state === "done" && data.asked - data.achieved > MOST_SHORT + 1e-9) dataset.short = "";
       this.skipped.textContent = `${percent(data.achieved)} skipped, ${percent(data.asked)} asked`;
       this.step.textContent = data.steps ? `step ${data.step}/${data.steps}` : "";
       this.fill.style.width = percent(data.achieved);
@@ -129,7 +139,7 @@ class Panel {
 }
 
 /**
- * The patch node of an execution id, after the subgraph nodes around it: "12:5" is node 5 in the subgraph of node 12. Empty where the
+ * Our node of an execution id, after the subgraph nodes around it: "12:5" is node 5 in the subgraph of node 12. Empty where the
  * graph on screen has none.
  */
 function findPath(id) {
@@ -141,9 +151,12 @@ function findPath(id) {
     path.push(node);
     graph = node.subgraph;
   }
-  const patch = path.at(-1);
-  return NODES.has(patch.comfyClass ?? patch.type) ? path : [];
+  const kind = kindOf(path.at(-1));
+  return PATCHES.has(kind) || TELLERS.has(kind) ? path : [];
 }
+
+/** "Muted" or "Bypassed", where the node at a path's end or a subgraph node around it is. */
+const leftOut = (path) => path.map((node) => LEFT_OUT.get(node.mode)).find(Boolean);
 
 function drop(node, id) {
   const panel = panels.get(node)?.get(id);
@@ -166,26 +179,45 @@ function panelOn(node, id, name) {
 }
 
 function showOn(path, id, data) {
-  const around = path.slice(0, -1);
-  const patch = path.at(-1);
-  // Its instances share the nodes of a subgraph: the id is the one of this run.
-  panelOn(patch, WIDGET, WIDGET).show(data);
-  for (const node of around) {
+  const node = path.at(-1);
+  const isPatch = PATCHES.has(kindOf(node));
+  const shown = data.leftOut ? { state: "left out", line: `${data.leftOut}: without this node every call is dense.` } : data;
+  // The instances of a subgraph share its nodes: the panel within is about the one that ran last, whether others are left out or not.
+  const panel = panelOn(node, WIDGET, WIDGET);
+  if (!data.leftOut || (panel.about ?? id) === id) {
+    panel.about = id;
+    panel.show(shown);
+  }
+  for (const around of isPatch ? path.slice(0, -1) : []) {
     try {
-      const first = !panels.get(node)?.has(id);
-      const panel = panelOn(node, id, `$$sparse-video-attention ${id}`);
+      const first = !panels.get(around)?.has(id);
+      const panel = panelOn(around, id, `$$sparse-video-attention ${id}`);
       if (first) {
-        const { onRemoved } = patch; // the panel goes with its patch node
-        patch.onRemoved = function (...args) {
+        const { onRemoved } = node; // the panel goes with its patch node
+        node.onRemoved = function (...args) {
           onRemoved?.apply(this, args);
-          drop(node, id);
+          drop(around, id);
         };
       }
-      panel.title.textContent = patch.title === patch.constructor.title ? "" : patch.title;
-      panel.show(data);
+      panel.title.textContent = node.title === node.constructor.title ? "" : node.title;
+      panel.show(shown);
     } catch (error) {
       console.warn("sparse_video_attention: no panel on a subgraph node", error); // it is on the patch node within
     }
+  }
+}
+
+/** A prompt begins: the patch nodes that it leaves out show no run, and those that it has again show theirs. */
+function onStart() {
+  const workflow = rootGraph()?.id;
+  for (const data of newest.values()) {
+    if (data.workflow && data.workflow !== workflow) continue;
+    const path = findPath(data.node);
+    if (!path.length || !PATCHES.has(kindOf(path.at(-1))) || !panels.has(path.at(-1))) continue;
+    const now = leftOut(path);
+    if (now === data.leftOut) continue;
+    data.leftOut = now;
+    showOn(path, String(data.node), data);
   }
 }
 
@@ -194,7 +226,7 @@ function onRun({ detail: data }) {
   newestLine = data.line;
   const key = `${data.workflow ?? ""}/${data.node}`;
   newest.delete(key); // so that the map stays in the order of the events
-  newest.set(key, data);
+  newest.set(key, { ...data, leftOut: undefined });
   if (newest.size > MOST_KEPT) newest.delete(newest.keys().next().value);
   // The same id may be a node of another workflow, which is on screen while this one runs.
   if (data.workflow && data.workflow !== rootGraph()?.id) return;
@@ -209,6 +241,7 @@ app.registerExtension({
     style.textContent = STYLE;
     document.head.append(style);
     api.addEventListener(EVENT, onRun);
+    api.addEventListener("execution_start", onStart);
   },
   /** A workflow was opened, or an undo has made all nodes anew. */
   afterConfigureGraph() {
@@ -216,7 +249,9 @@ app.registerExtension({
     if (!workflow || /^[0-]+$/.test(workflow)) return; // one that came as a prompt has no id of its own
     for (const data of newest.values()) {
       const path = data.workflow === workflow ? findPath(data.node) : [];
-      if (path.length) showOn(path, String(data.node), data);
+      if (!path.length) continue;
+      data.leftOut &&= leftOut(path);
+      showOn(path, String(data.node), data);
     }
   },
 });

@@ -118,6 +118,39 @@ def test_another_sparsity_is_measured_as_a_run_at_it_would_be(method, refresh, w
 
 
 @every_method
+def test_what_was_skipped_is_that_of_the_measured_calls(method, monkeypatch):
+    """Pairs counted in the masks of the very plans: SVG's two kinds of head skip differently, and which a head is changes from call to call."""
+    kept, right = {}, method.plan
+
+    def plan(call, config, state):
+        made = right(call, config, state)
+        if not isinstance(made, Dense):
+            kept.setdefault(config.sparsity, {})[call.step] = 1 - token_mask(made, LAYOUT, heads=2).double().mean().item()
+        return made
+
+    monkeypatch.setattr(method, "plan", plan)
+    session = make_session(method, sparsity=0.6)
+    found, _ = run(session, ProbeConfig(steps=2, sparsities="0.4"))
+    assert found.steps == {2, 9} and sorted(kept[0.6]) == list(range(2, 10))
+    assert found.achieved == pytest.approx([(kept[asked][2] + kept[asked][9]) / 2 for asked in (0.6, 0.4)], abs=1e-5)
+    whole = sum(kept[0.6].values()) / 8
+    assert session.record.achieved_sparsity == pytest.approx(whole, abs=1e-5)
+    assert method is not svg or abs(whole - found.achieved[0]) > 0.004, "the whole run's figure is another"
+
+
+@every_method
+@pytest.mark.parametrize("asked, below", [(0.8, "0.7, 0.6"), (0.7, "0.8, 0.6"), (0.6, "0.8, 0.7"), (0.95, "0.94, 0.9")])
+def test_where_a_short_video_skips_alike_at_every_sparsity_the_patchs_own_is_kept(method, asked, below):
+    """Two latent frames, of which the first is always kept by SVG, and four blocks, of which AdaSpa keeps half: both skip less than any asks for."""
+    layout = VideoLayout(2, 8, 16) if method is svg else VideoLayout(3, 8, 8)
+    found, _ = run(make_session(method, sparsity=asked), ProbeConfig(steps=2, sparsities=below), layout=layout)
+    assert len(found.sparsities) == 3 and max(found.achieved) < 0.5
+    assert found.achieved == pytest.approx([found.achieved[0]] * 3, abs=1e-6) and found.by_layer(0) == found.by_layer(1) == found.by_layer(2)
+    advice = suggest(found, 2.0)
+    assert (advice.dense_layers, advice.sparsity, advice.skipped) == ("", asked, pytest.approx(found.achieved[0]))
+
+
+@every_method
 def test_the_run_goes_on_as_without_a_probe(method):
     plain = make_session(method, sparsity=0.6)
     expected = [sparse_attention(call, plain) for call in calls_of(1)]
@@ -301,6 +334,21 @@ def test_what_was_skipped_in_fact_counts():
     """Few frames: 0.8 was asked for, and no more than 0.61 could be skipped."""
     advice = suggest(record_of(ERRORS, (0.8, 0.6, 0.4), achieved=(0.61, 0.6, 0.4), layers=4), 0.65)
     assert (advice.dense_layers, advice.sparsity) == ("", 0.6)
+
+
+@pytest.mark.parametrize("asked, achieved, sparsity", [
+    ((0.8, 0.7, 0.6), (0.31, 0.31, 0.31), 0.8),
+    ((0.7, 0.9, 0.8, 0.6), (0.31, 0.31, 0.31, 0.31), 0.7),
+    ((0.8, 0.9, 0.7, 0.6), (0.3, 0.31, 0.31, 0.31), 0.7),  # what the patch asks is not among the tied
+    ((0.6, 0.9, 0.8, 0.4), (0.5, 0.55, 0.55, 0.4), 0.8),  # all that are tied are above: the nearest
+    ((0.8, 0.7, 0.6), (0.31, 0.3100000001, 0.31), 0.8),  # a rounding error is no difference
+    ((0.8, 0.7, 0.6), (0.31, 0.32, 0.31), 0.7),
+])
+def test_at_equal_shares_the_patchs_own_or_the_next_below_is_suggested(asked, achieved, sparsity):
+    advice = suggest(record_of([{0: 0.1, 1: 0.2}] * len(asked), asked, achieved, layers=2), 0.5)
+    assert (advice.dense_layers, advice.sparsity) == ("", sparsity)
+    advice = suggest(record_of([{0: 0.1, 1: 0.9}] * len(asked), asked, achieved, layers=2), 0.5)
+    assert (advice.dense_layers, advice.sparsity) == ("1", sparsity)
 
 
 def test_the_patchs_own_dense_layers_are_kept():

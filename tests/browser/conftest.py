@@ -136,7 +136,7 @@ class Page:
             fill: part("fill").style.width, asked: part("asked").style.left, width: box.width, height: box.height,
             line_visible: part("line").checkVisibility() && root.isConnected,
             texts: node.widgets.filter((widget) => widget.name.startsWith("$$")).length,
-            colour: getComputedStyle(part("fill")).backgroundColor }}; }}"""
+            colour: getComputedStyle(part("fill")).backgroundColor, edge: getComputedStyle(part("inner")).borderLeftColor }}; }}"""
         )
 
     def assert_shows(self, node, data):

@@ -11,6 +11,18 @@ SVG, ADASPA = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"
 # The videos are short, and every layer is to take part.
 ALL = {"dense_layers": "", "sparsity": 0.4}
 NODE = "app.graph.getNodeById({})"
+BLUE, GREEN, AMBER, GREY = "rgb(74, 144, 217)", "rgb(63, 164, 91)", "rgb(224, 160, 48)", "rgb(138, 138, 138)"
+SEND = """(data) => app.api.dispatchCustomEvent("sparse_video_attention.run", data)"""
+ELEMENT = "{}.widgets.find((widget) => widget.type === 'sparse_video_attention_panel').element"
+# How a panel's words lie: lines of text; pixels that need scrolling, and that reach below the node; pieces that a word is broken into.
+ROOM = f"""([id, word]) => {{ const node = app.graph.getNodeById(id), root = {ELEMENT.format("node")}, line = root.querySelector(".sva-line");
+const text = line.firstChild, place = text.data.indexOf(word), range = document.createRange();
+range.setStart(text, place); range.setEnd(text, place + word.length);
+const box = document.querySelector(`[data-node-id="${{id}}"]`)?.getBoundingClientRect();
+const {{ canvas, ds }} = app.canvas, drawn = (node.pos[1] + node.size[1] + ds.offset[1]) * ds.scale + canvas.getBoundingClientRect().top;
+const bottom = box?.bottom ?? drawn;
+return {{ lines: line.offsetHeight / parseFloat(getComputedStyle(line).lineHeight), hidden: root.scrollHeight - root.clientHeight,
+below: root.getBoundingClientRect().bottom - bottom, pieces: range.getClientRects().length }}; }}"""
 
 
 def node(kind, **inputs):
@@ -76,7 +88,7 @@ def test_both_nodes_show_their_runs_from_start_to_end(page):
 
 
 def test_a_run_with_no_sparse_call_looks_like_a_warning(page):
-    page.load(graph(n5=(SVG, {"warmup_steps": 4}), n7=(SVG, {})))
+    page.load(graph(n5=(SVG, {"warmup_steps": 4}), n7=(ADASPA, {})))
     page.queue()
     entry = page.finished()
     page.picture("warning")
@@ -84,6 +96,95 @@ def test_a_run_with_no_sparse_call_looks_like_a_warning(page):
     assert data["sparse_calls"] == 0
     assert panel["state"] == "warning" and panel["line"].startswith("⚠ SVG: nothing ran sparse.") and panel["texts"] == 1
     assert panel["head"].startswith("0% skipped, 40% asked") and panel["colour"] != good["colour"]
+
+
+def test_a_run_that_skips_clearly_less_than_asked_is_amber(page):
+    page.load(graph(n5=(SVG, {"sparsity": 0.95}), n7=(ADASPA, {})))
+    page.queue()
+    entry = page.finished()
+    page.picture("short")
+    data, panel = record(entry, 5), page.panel(NODE.format(5))
+    assert data["achieved_sparsity"] < 0.92, "what is always kept leaves no room for so much"
+    page.assert_shows(NODE.format(5), data)
+    assert record(entry, 7)["achieved_sparsity"] > 0.38 and page.panel(NODE.format(7))["edge"] == GREEN
+    assert (panel["colour"], panel["edge"]) == (AMBER, AMBER)
+    about = {"line": "a line", "workflow": page.page.evaluate("app.graph.id"), "node": "5", "step": 4, "steps": 4, "asked": 0.4}
+    ended = [("done", 0.381, GREEN), ("done", 0.38, GREEN), ("done", 0.379, AMBER), ("done", 0.5, GREEN)]
+    for state, achieved, colour in [*ended, ("running", 0.1, BLUE), ("stopped", 0.1, GREY)]:
+        page.page.evaluate(SEND, about | {"state": state, "achieved": achieved})
+        panel = page.panel(NODE.format(5))
+        assert (panel["state"], panel["edge"], panel["colour"]) == (state, colour, colour), (state, achieved)
+        assert page.page.evaluate(f"getComputedStyle({ELEMENT.format(NODE.format(5))}.querySelector('.sva-line')).fontWeight") == "400"
+
+
+def test_a_node_left_out_of_a_prompt_shows_no_run(page):
+    page.load(graph(n5=(SVG, {}), n7=(ADASPA, {})))
+    page.queue()
+    first = page.finished()
+    page.page.evaluate(f"() => {{ {NODE.format(5)}.mode = 4; }}")
+    page.queue()
+    page.finished()
+    page.picture("bypassed")
+
+    def assert_left_out(node, how):
+        panel = page.panel(node)
+        assert panel["line"] == f"{how}: without this node every call is dense." and panel["line_visible"] and panel["texts"] == 1
+        assert (panel["state"], panel["figures"], panel["edge"]) == ("left out", False, GREY)
+
+    assert_left_out(NODE.format(5), "Bypassed")
+    page.assert_shows(NODE.format(7), record(first, 7))  # its run is at hand, and still what its sampler gives
+    page.page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()); }")
+    page.page.wait_for_timeout(700)
+    assert_left_out(NODE.format(5), "Bypassed")
+    page.page.evaluate(f"() => {{ {NODE.format(5)}.mode = 0; {NODE.format(51)}.widgets.find((one) => one.name === 'seed').value += 1000; }}")
+    page.queue()
+    page.assert_shows(NODE.format(5), record(page.finished(), 5))
+    page.page.evaluate("() => { for (const id of [5, 51, 52, 53]) app.graph.getNodeById(id).mode = 2; }")
+    page.queue()
+    page.finished()
+    assert_left_out(NODE.format(5), "Muted")
+    page.assert_shows(NODE.format(7), record(first, 7))
+    assert page.errors == []
+
+
+def test_a_subgraph_node_left_out_of_a_prompt_shows_no_run(page):
+    page.load(graph(n5=(SVG, {})))
+    page.page.evaluate("() => { window.made = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(5)])); }")
+    page.queue()
+    page.assert_shows("made.node", record(page.finished(), 5))
+    page.page.evaluate("() => { made.node.mode = 4; }")
+    page.queue()
+    page.finished()
+    page.picture("bypassed subgraph")
+    for place in ("made.node", "made.subgraph.nodes[0]"):
+        panel = page.panel(place)
+        assert (panel["state"], panel["figures"]) == ("left out", False) and panel["line"].startswith("Bypassed: "), place
+    page.page.evaluate("() => { made.node.mode = 0; }")
+    page.queue()
+    page.assert_shows("made.node", record(page.finished(), 5))
+
+
+def test_the_words_of_the_other_nodes_are_not_cut(page):
+    """ComfyUI's own text widget, which would show them otherwise, cuts what is longer than two lines on the classic canvas."""
+    made = graph(n5=(SVG, {"sparsity": 0.9}))
+    made["54"] = node("SparseAttentionProbe", model=["5", 0], steps=1)
+    made["51"]["inputs"]["model"] = ["54", 0]
+    made["55"] = node("SparseAttentionProbeResults", model=["54", 0], samples=["51", 0], max_error=0.001)
+    made["56"] = node("SparseAttentionSavePattern", model=["54", 0], samples=["51", 0], filename_prefix="a_folder/and_a_name_of_some_length")
+    page.load(made)
+    page.page.evaluate("""() => { for (const [id, x] of [[55, 40], [56, 440]]) { const node = app.graph.getNodeById(id);
+    node.pos = [x, 520]; node.setSize([300, node.size[1]]); } }""")
+    page.queue()
+    record(page.finished(), 5)
+    page.picture("words")
+    told = {data["node"]: data["line"] for data in page.page.evaluate("told")}
+    for number, words in (("55", 'suggested: dense_layers "'), ("56", "press R to find it in Load Sparse Pattern")):
+        panel = page.panel(NODE.format(number))
+        assert words in panel["line"] == told[number] and panel["line_visible"]
+        assert (panel["state"], panel["figures"], panel["texts"]) == ("note", False, 1)
+        room = page.page.evaluate(ROOM, [int(number), words.split()[1]])
+        assert room["lines"] > 2 and room["hidden"] <= 1 and room["below"] <= 1 and room["pieces"] == 1, room
+    assert page.errors == []
 
 
 def test_a_node_in_a_subgraph_shows_its_run(page):
@@ -107,18 +208,17 @@ def test_removed_collapsed_and_foreign_nodes_and_another_workflow(page):
     page.page.evaluate(f"() => {{ {NODE.format(5)}.collapse(); app.graph.remove({NODE.format(7)}); }}")
     page.page.wait_for_timeout(500)
     page.picture("collapsed")
-    send = """(data) => app.api.dispatchCustomEvent("sparse_video_attention.run", data)"""
     about = {"state": "running", "line": "a line", "workflow": first["id"], "step": 1, "steps": 4, "asked": 0.4, "achieved": 0.1}
     for number in ("7", "99", "4", "5:7", "51:3", "", "no number"):  # removed, unknown, of another kind
-        page.page.evaluate(send, about | {"node": number})
+        page.page.evaluate(SEND, about | {"node": number})
     for odd in (None, {}, {"node": "5"}, {"node": "5", "line": 3}):
-        page.page.evaluate(send, odd)
+        page.page.evaluate(SEND, odd)
     assert page.page.evaluate("app.graph.nodes.filter((node) => node.widgets?.some((w) => w.type.startsWith('sparse_video'))).length") == 1
     panel = page.panel(NODE.format(5))
     assert panel["state"] == "done" and f"{record(entry, 5)['sparse_calls']} sparse" in panel["line"]
     page.load(graph(n5=(SVG, {})))
     assert page.page.evaluate("app.graph.id") != first["id"]
-    page.page.evaluate(send, about | {"node": "5"})
+    page.page.evaluate(SEND, about | {"node": "5"})
     assert page.panel(NODE.format(5)) is None, "another workflow's run"
     page.page.evaluate("(data) => app.loadGraphData(data)", first)
     page.page.wait_for_timeout(700)

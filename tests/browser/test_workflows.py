@@ -19,6 +19,8 @@ pytestmark = pytest.mark.host
 HERE = Path(__file__).resolve().parent
 FILES = sorted((HERE.parent.parent / "workflows").glob("*.json"))
 PATCHES = ("SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa")
+# What stands behind a patch's sampler, and has its run's JSON as its third output, or has kept what it found.
+TELLING = ("SparseAttentionReport", "SparseAttentionProbeResults", "SparseAttentionSavePattern")
 NODE = "app.graph.getNodeById({})"
 # Sizes that are small, by the node that sets them.
 _SMALL = {"width": 256, "height": 128, "length": 33}
@@ -64,7 +66,7 @@ def tab(models, shared_page):
 
 
 def with_tiny_models(prompt):
-    """Changes what is run in place; see the head of this file. Every report's JSON is put out as by a PreviewAny that is wired to it."""
+    """Changes what is run in place; see the head of this file. The JSON of every report and probe is put out as by a wired PreviewAny."""
     for number, node in list(prompt.items()):
         kind, inputs = node["class_type"], node["inputs"]
         named = [value.removesuffix(".safetensors") for value in inputs.values() if isinstance(value, str)]
@@ -75,7 +77,7 @@ def with_tiny_models(prompt):
             prompt[number] = {"class_type": "TestVAE", "inputs": {"sound": "audio" in named[0]}}
         elif kind in PATCHES:
             inputs["min_tokens"] = 0
-        elif kind == "SparseAttentionReport":
+        elif kind in TELLING[:2]:
             prompt[f"json {number}"] = {"class_type": "PreviewAny", "inputs": {"source": [number, 2]}}
         inputs.update(SIZES.get(kind, {}))
         if (fewer := inputs.get("steps", 0) / MOST_STEPS) > 1:
@@ -131,20 +133,33 @@ def test_it_opens_runs_and_shows_its_figures(tab, path):
     assert tab.troubles() == []
     told, texts = tab.page.evaluate("[told, texts]")
     patches = [number for number, node in nodes.items() if node["type"] in PATCHES]
-    assert patches and {data["node"] for data in told} == set(map(str, patches))
+    assert patches and {data["node"] for data in told if data["state"] != "note"} == set(map(str, patches))
     for patch in patches:
-        (report,) = [link[3] for link in links.values() if link[1] == patch and nodes[link[3]]["type"] == "SparseAttentionReport"]
-        data = json.loads(entry["outputs"][f"json {report}"]["text"][0])
-        assert data["sparse_calls"] > 0 and 0 < data["achieved_sparsity"] < 1
-        assert data["sparse_calls"] + data["dense_calls"] == calls(tab.sent, str(patch))
-        tab.assert_shows(NODE.format(patch), data)
+        marked = {patch, *(link[3] for link in links.values() if link[1] == patch and nodes[link[3]]["type"] == "SparseAttentionProbe")}
+        (telling,) = [link[3] for link in links.values() if link[1] in marked and nodes[link[3]]["type"] in TELLING]
         line = tab.panel(NODE.format(patch))["line"]
-        assert_line_tells(line, data)
+        if nodes[telling]["type"] == "SparseAttentionReport":
+            data = json.loads(entry["outputs"][f"json {telling}"]["text"][0])
+            assert data["sparse_calls"] > 0 and 0 < data["achieved_sparsity"] < 1
+            assert data["sparse_calls"] + data["dense_calls"] == calls(tab.sent, str(patch))
+            tab.assert_shows(NODE.format(patch), data)
+            assert_line_tells(line, data)
+            stacks = {name.partition(" ")[2] for name in data["layer_names"]}
+            assert stacks == ({"", "vace"} if path.stem == "wan_vace" else {""})
+        elif nodes[telling]["type"] == "SparseAttentionProbeResults":
+            data = json.loads(entry["outputs"][f"json {telling}"]["text"][0])
+            assert data["outcome"] == "finished" and data["calls"] > 0 and len(data["sparsities"]) == 3
+            assert "a probe computed" in line
+            table = next(number for number, node in nodes.items() if node["type"] == "PreviewAny")
+            assert f'sparsity {data["suggestion"]["sparsity"]:g} ' in entry["outputs"][str(table)]["text"][0]
+        else:
+            kept = list((tab.server.base / "output" / "sparse_patterns").glob("pattern*.safetensors"))
+            assert kept and all(file.stat().st_size > 1000 for file in kept)
         assert [text["text"] for text in texts if text["nodeId"] == str(patch)][-1] == line, "ComfyUI's own text is the same line"
         states = [data["state"] for data in told if data["node"] == str(patch)]
         assert states[0] == "note" and states[-1] == "done" and states.count("done") == 1
-    stacks = {name.partition(" ")[2] for name in data["layer_names"]}
-    assert stacks == ({"", "vace"} if path.stem == "wan_vace" else {""})
+    if path.stem == "wan_pattern":
+        assert data["search_steps"] == [], "the second run starts from the first one's file"
     for video in (number for number, node in nodes.items() if node["type"] == "SaveVideo"):
         (file,) = entry["outputs"][str(video)]["images"]
         assert (tab.server.base / "output" / file["subfolder"] / file["filename"]).stat().st_size > 1000

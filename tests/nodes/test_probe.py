@@ -128,6 +128,22 @@ def test_the_suggestion_keeps_the_bound(host, method):
     assert (dense_layers, data["suggestion"]["skipped"]) == ("0-1", 0)
 
 
+def test_the_table_shows_what_was_skipped_at_each_asked_sparsity(host):
+    """9 latent frames, the first of them always kept: 0.9 and 0.8 come to the same, and the suggestion stays with what the patch asks."""
+    table, data, dense_layers, sparsity = measured(host, "svg", probe={"sparsities": "0.9, 0.3"}, max_error=5.0, sparsity=0.8)
+    lines = table.splitlines()
+    place = lines.index("mean error of each layer, by sparsity; skipped: what each came to in the measured calls")
+    asked, skipped = (line.split() for line in lines[place + 1:place + 3])
+    assert (asked, skipped[0], lines[place + 3]) == (["asked", "0.8", "0.9", "0.3"], "skipped", "layer")
+    achieved = [row["achieved"] for row in data["sparsities"]]
+    assert achieved[0] == achieved[1] < 0.75 and 0.2 < achieved[2] < 0.4
+    assert skipped[1:] == [f"{share:.3f}" for share in achieved]
+    errors = data["sparsities"][0]["error_by_layer"]
+    assert errors == data["sparsities"][1]["error_by_layer"] != data["sparsities"][2]["error_by_layer"]
+    assert {line.split()[0]: line.split()[1:3] for line in lines[place + 4:place + 6]} == {layer: [f"{errors[layer]:.3f}"] * 2 for layer in "01"}
+    assert (dense_layers, sparsity) == ("", 0.8) and f"sparsity 0.8 ({achieved[0]:.0%} of the measured layers' attention skipped)" in lines[0]
+
+
 @every_method
 def test_the_video_is_that_of_a_run_without_a_probe(host, method):
     patched = host.patch(method, host.load("wan"))
