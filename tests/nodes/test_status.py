@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import importlib
 import logging
 import re
 from pathlib import Path
@@ -253,5 +254,6 @@ def test_the_panel_is_told_which_workflow_runs(host, told, monkeypatch):
 def test_the_panels_script_listens_to_what_is_sent(host):
     script = (Path(__file__).resolve().parents[2] / "web" / "panel.js").read_text(encoding="utf-8")
     assert f'const EVENT = "{host.module("host").RUN_EVENT}";' in script
-    names = re.search(r"NODES = new Set\(\[(.*)\]\)", script)[1]
-    assert re.findall(r'"(\w+)"', names) == ["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]
+    names = {name: re.findall(r'"(\w+)"', listed) for name, listed in re.findall(r"const (\w+) = new Set\(\[(.*)\]\)", script)}
+    told = {node.__name__ for node in importlib.import_module("pack.nodes").NODES} - {"SparseAttentionReport"}  # which shows a picture
+    assert names["PATCHES"] == ["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"] and told == {*names["PATCHES"], *names["TELLERS"]}
