@@ -1,8 +1,8 @@
 """The words on the node while sampling and when a run ends, and the same in the log."""
 
+import importlib
 import itertools
 import json
-import importlib
 import logging
 import re
 from pathlib import Path
