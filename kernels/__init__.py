@@ -151,12 +151,16 @@ def attention_with_lse(
 
 
 def _mass_implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int):
-    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call."""
+    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call or its blocks."""
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
-    if backend == "auto" and (block_q % 16 or block_k % 16):
+    odd = next((f"{name} is {block}" for name, block in (("block_q", block_q), ("block_k", block_k)) if block % 16), None)
+    if backend == "auto" and odd:
         backend = "torch"  # Triton's tiles are multiples of 16
-    return _implementation(choose_backend(backend, q, k, v))
+    backend = choose_backend(backend, q, k, v)
+    if backend == "triton" and odd:
+        raise ValueError(f"the Triton kernels take blocks that are multiples of 16, and {odd}")
+    return _implementation(backend)
 
 
 def block_mass(

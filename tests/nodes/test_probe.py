@@ -144,8 +144,16 @@ def test_the_table_shows_what_was_skipped_at_each_asked_sparsity(host):
     assert (dense_layers, sparsity) == ("", 0.8) and f"sparsity 0.8 ({achieved[0]:.0%} of the measured layers' attention skipped)" in lines[0]
 
 
+def of_a_run():
+    """All objects alive that a run makes for itself."""
+    gc.collect()
+    kinds = {"Session", "LayerState", "Probe"}
+    return [one for one in gc.get_objects() if type(one).__name__ in kinds and type(one).__module__.startswith("pack.")]
+
+
 @every_method
 def test_the_video_is_that_of_a_run_without_a_probe(host, method):
+    others = {id(one): one for one in of_a_run()}  # of tests before this one
     patched = host.patch(method, host.load("wan"))
     expected = host.sample(patched, "wan", cfg=2.0)
     model = probed(host, patched, steps=0)
@@ -156,9 +164,7 @@ def test_the_video_is_that_of_a_run_without_a_probe(host, method):
         assert getattr(seen, figure) == getattr(plain, figure)
     # Nothing stays on the model that was patched, nor of the run.
     assert torch.equal(host.sample(patched, "wan", cfg=2.0), expected) and host.record(patched).probe is None
-    gc.collect()
-    kinds = {"Session", "LayerState", "Probe"}
-    assert [one for one in gc.get_objects() if type(one).__name__ in kinds and type(one).__module__.startswith("pack.")] == []
+    assert [one for one in of_a_run() if id(one) not in others] == []
 
 
 def test_the_video_may_go_on_dense(host):
