@@ -151,7 +151,7 @@ def attention_with_lse(
 
 
 def _mass_implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int):
-    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call or its blocks."""
+    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call."""
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
     odd = next((f"{name} is {block}" for name, block in (("block_q", block_q), ("block_k", block_k)) if block % 16), None)
