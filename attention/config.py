@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from .schedule import parse_layers
+from .words import shortened
 
 BACKEND_CHOICES = ("auto", "triton", "torch", "reference")
 PRECISION_CHOICES = ("auto", "int8", "fp8")
@@ -13,11 +14,6 @@ MOST_SPARSITY = 0.95
 # What stands for "as the model needs it".
 AUTOMATIC = -1
 AUTOMATIC_LAYERS = "auto"
-
-
-def shortened(text: str) -> str:
-    """What somebody gave, as a message quotes it: of a long text, the start."""
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .words import shortened
+
 # The paper's schedules are shares of the run: AdaSpa searches at steps 10 and 30 of 50 (section 4.3).
 WARMUP_PERCENT = 0.2
 REFRESH_PERCENT = 0.6
@@ -26,8 +28,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
             continue
         found = re.fullmatch(r"\s*(-?\d{1,9})\s*(?:-\s*(-?\d{1,9})\s*)?", part)
         if not found:
-            said = part.strip() if len(part.strip()) <= 80 else part.strip()[:77] + "..."
-            raise ValueError(f'dense_layers: cannot read "{said}"; write numbers and ranges, as in "0-2, -1"')
+            raise ValueError(f'dense_layers: cannot read "{shortened(part.strip())}"; write numbers and ranges, as in "0-2, -1"')
         first = int(found.group(1))
         last = first if found.group(2) is None else int(found.group(2))
         if (first < 0) == (last < 0) and last < first:

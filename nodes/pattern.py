@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention.config import shortened
 from ..attention.pattern import Pattern
+from ..attention.words import shortened
 from . import host, pattern_files, video_models
 from .inputs import CATEGORY, told_its_id
 from .patch import PATTERN, RunLog, method_of

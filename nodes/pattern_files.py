@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.config import shortened
 from ..attention.pattern import Pattern
+from ..attention.words import shortened
 from . import host
 
 FOLDER = "sparse_patterns"

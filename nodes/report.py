@@ -8,9 +8,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..attention.config import shortened
 from ..attention.record import SCHEMA, RunRecord
 from ..attention.schedule import in_layers, parse_layers
+from ..attention.words import shortened
 from . import host
 from .inputs import CATEGORY, told_its_id
 from .patch import RunLog
