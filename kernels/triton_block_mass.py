@@ -112,12 +112,12 @@ def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, q_order: TokenOrder | None, k_order: TokenOrder | None,
     scale: float, key_bias: Tensor | None,
 ) -> Tensor:
-    """See `kernels.block_mass`. Raises ValueError for blocks that are no multiples of 16."""
+    """See `kernels.block_mass`, which refuses blocks that are no multiples of 16."""
     batch, heads, seq_q, head_dim = q.shape
     q, scale = positive_scale(q, scale)
     length_q, length_k = (seq_q if q_order is None else q_order.length), (k.shape[2] if k_order is None else k_order.length)
-    config = block_mass_config(q.element_size(), head_dim, architecture(q.device), 128, mass_tile(block_k, "block_k"))
-    group = min(mass_tile(block_q, "block_q"), config.block_m)
+    config = block_mass_config(q.element_size(), head_dim, architecture(q.device), 128, mass_tile(block_k))
+    group = min(mass_tile(block_q), config.block_m)
     shape = num_blocks(length_q, group), num_blocks(length_k, config.block_n)
     mass = torch.empty(batch, heads, *shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)

@@ -301,12 +301,9 @@ def padded_bias(key_bias: Tensor, block_k: int) -> Tensor:
     return torch.nn.functional.pad(key_bias * LOG2E, (1, block_k), value=-torch.inf)
 
 
-def mass_tile(block: int, name: str) -> int:
-    """The largest tile, at most 128, that `block` is a multiple of. Raises ValueError where that is under the 16 of a matrix instruction."""
-    tile = min(block & -block, 128)
-    if tile < 16:
-        raise ValueError(f"the Triton kernels take blocks that are multiples of 16, and {name} is {block}")
-    return tile
+def mass_tile(block: int) -> int:
+    """The largest tile, at most 128, that `block` is a multiple of. The public ops refuse blocks below the 16 of a matrix instruction."""
+    return min(block & -block, 128)
 
 
 def sum_tiles(tiles: Tensor, split_q: int, split_k: int) -> Tensor:
@@ -338,7 +335,7 @@ def _launch(
     out = torch.empty(batch, seq_q, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device) if has_lse else None
     if mask is None:
-        blocks = 128, 64 if wanted is None else mass_tile(wanted.block_k, "block_k")
+        blocks = 128, 64 if wanted is None else mass_tile(wanted.block_k)
         lengths = seq_q if q_order is None else q_order.length, k.shape[2] if k_order is None else k_order.length
         counts, indices, mask_strides = None, None, (0,) * 7
     else:
@@ -350,7 +347,7 @@ def _launch(
     config = choose(q.element_size(), head_dim, architecture(q.device), *blocks)
     old_lse, mass, group, mass_shape = None, None, config.block_m, (0, 0)
     if wanted is not None:
-        group = min(mass_tile(wanted.block_q, "block_q"), config.block_m)
+        group = min(mass_tile(wanted.block_q), config.block_m)
         mass_shape = num_blocks(lengths[0], group), num_blocks(lengths[1], config.block_n)
         old_lse, mass = wanted.lse.contiguous(), torch.empty(batch, heads, *mass_shape, dtype=torch.float32, device=q.device)
     q_table, q_choice, q_order_strides = order_arguments(q_order, batch, heads)
@@ -390,5 +387,5 @@ def attention_with_mass(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, q_order: TokenOrder | None, k_order: TokenOrder | None,
     scale: float, key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.attention_with_mass`. Raises ValueError for blocks that are no multiples of 16."""
+    """See `kernels.attention_with_mass`, which refuses blocks that are no multiples of 16."""
     return _launch(q, k, v, None, q_order, k_order, scale, key_bias, True, _Mass(lse, block_q, block_k))
