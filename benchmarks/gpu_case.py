@@ -160,7 +160,7 @@ class Case:
                 self.dense_ms[name] = row["ms"]
 
     def sparse_call(self, plan: kernels.SparsePlan, **options) -> Maker:
-        arguments = {"q_order": plan.q_order, "k_order": plan.k_order, "backend": self.bench.backend, **options}
+        arguments = {"q_order": plan.q_order, "k_order": plan.k_order, "pooled": plan.pooled, "backend": self.bench.backend, **options}
         return lambda: lambda: kernels.block_sparse_attention(self.q, self.k, self.v, plan.mask, **arguments)
 
     def density(self, plan: kernels.SparsePlan) -> float:

@@ -168,7 +168,12 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, plan: kernels.Spar
                 at_k = _positions(plan.k_order, b, h, k.shape[2], q.device)
                 seen = blocks[b, h][at_q][:, at_k.clamp(min=0) // plan.mask.block_k] & (at_k >= 0)
                 scores.masked_fill_(~seen, -torch.inf)
-            result[b, place] = scores.softmax(-1).nan_to_num(0.0) @ v[b, h].double()
+            values = v[b, h].double()
+            if plan is not None and plan.pooled is not None:
+                as_one = q[b, h, rows].double() @ plan.pooled.keys[b, h].double().T * dim**-0.5 + plan.pooled.log_size[b, h].double()
+                scores = torch.cat([scores, as_one.masked_fill(blocks[b, h][at_q], -torch.inf)], 1)
+                values = torch.cat([values, plan.pooled.values[b, h].double()])
+            result[b, place] = scores.softmax(-1).nan_to_num(0.0) @ values
     return result
 
 

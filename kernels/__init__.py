@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, SparsePlan, TokenOrder, density, kept_pairs
+from .block_mask import BlockMask, PooledBlocks, SparsePlan, TokenOrder, density, kept_pairs, num_blocks
 from .capability import BACKENDS, PRECISIONS, why_failed, why_not
 
 __all__ = [
-    "BACKENDS", "PRECISIONS", "BlockMask", "OutOfMemoryError", "SparsePlan", "TokenOrder", "TritonError",
-    "attention_with_lse", "attention_with_mass", "block_mass", "block_sparse_attention", "choose_backend", "density", "is_out_of_memory",
-    "kept_pairs", "sampled_errors", "why_not",
+    "BACKENDS", "PRECISIONS", "BlockMask", "OutOfMemoryError", "PooledBlocks", "SparsePlan", "TokenOrder", "TritonError",
+    "attention_with_lse", "attention_with_mass", "block_errors", "block_mass", "block_sparse_attention", "choose_backend", "density",
+    "is_out_of_memory", "kept_pairs", "pool_blocks", "sampled_errors", "why_not",
 ]
 
 
@@ -105,6 +105,16 @@ def _check_plan(q: Tensor, k: Tensor, mask: BlockMask, q_order: TokenOrder | Non
             raise ValueError(f"{name} has B, H {tuple(shape[:2])}, and q has {tuple(q.shape[:2])}")
 
 
+def _check_pooled(pooled: PooledBlocks, k: Tensor, blocks: int) -> None:
+    shape = (*k.shape[:2], blocks, k.shape[3])
+    for name, tensor, expected in (("keys", pooled.keys, shape), ("values", pooled.values, shape), ("log_size", pooled.log_size, shape[:3])):
+        if tensor.shape != expected:
+            raise ValueError(f"pooled.{name} is {tuple(tensor.shape)}: expected {expected}")
+    for name, tensor, dtype in (("keys", pooled.keys, k.dtype), ("values", pooled.values, k.dtype), ("log_size", pooled.log_size, torch.float32)):
+        if tensor.dtype != dtype:
+            raise ValueError(f"pooled.{name} is {tensor.dtype}: expected {dtype}")
+
+
 def _bias(key_bias: Tensor | None, k: Tensor) -> Tensor | None:
     """float32 [B, S_k], minus infinity where the bias means it."""
     if key_bias is None:
@@ -124,20 +134,29 @@ def _scale(scale: float | None, q: Tensor) -> float:
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, q_order: TokenOrder | None = None, k_order: TokenOrder | None = None,
     scale: float | None = None, key_bias: Tensor | None = None, return_lse: bool = False, backend: str = "auto", precision: str = "auto",
+    pooled: PooledBlocks | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over the kept blocks alone.
+    """Attention over the kept blocks alone, or with `pooled` over them and each other block as one key.
 
     q, k, v: [B, H, S, D]. With an order, the mask's positions are the order's. scale: 1/sqrt(D) where None.
     key_bias: [B or 1, S_k], added to the scores, in tensor row order. Returns out [B, H, S_q, D] (laid out so that
     [B, S, H, D] is contiguous), and with `return_lse` the log-sum-exp [B, H, S_q], float32, natural logarithm, in
     tensor row order. precision: "auto" is the tensors' own, "int8" takes Q times K in 8 bits and "fp8" weights times V
-    too (`quantise.py`). Raises ValueError where shapes contradict one another, or a named backend or precision cannot be had.
+    too (`quantise.py`). pooled: what `pool_blocks` made of this k and v with this mask's block_k, order and bias. A block that a row
+    of the mask does not keep then takes part in its softmax, and so in the LSE, as one key with the score scale q.key + log_size, in
+    the tensors' own precision (the zeroth-order correction of PISA, arXiv 2602.01077). Raises ValueError where shapes contradict one
+    another, or a named backend or precision cannot be had.
     """
     _check_qkv(q, k, v)
     _check_plan(q, k, mask, q_order, k_order)
+    if pooled is not None:
+        _check_pooled(pooled, k, mask.num_k_blocks)
     ops = _implementation(choose_backend(backend, q, k, v, mask, precision))
     arguments = (q, k, v, mask, q_order, k_order, _scale(scale, q), _bias(key_bias, k), return_lse)
-    out, lse = ops.block_sparse_attention(*arguments) if precision == "auto" else ops.block_sparse_attention_8bit(*arguments, precision)
+    if precision == "auto":
+        out, lse = ops.block_sparse_attention(*arguments, pooled)
+    else:
+        out, lse = ops.block_sparse_attention_8bit(*arguments, precision, pooled)
     return (out, lse) if return_lse else out
 
 
@@ -150,17 +169,20 @@ def attention_with_lse(
     return ops.attention_with_lse(q, k, v, _scale(scale, q), _bias(key_bias, k))
 
 
-def _mass_implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int):
-    """What computes block masses. Raises ValueError for an LSE of another shape than q's rows, or a backend that cannot take the call."""
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
-    odd = next((f"{name} is {block}" for name, block in (("block_q", block_q), ("block_k", block_k)) if block % 16), None)
+def _by_blocks(backend: str, q: Tensor, k: Tensor, v: Tensor, **blocks: int):
+    """What computes an op over all blocks of the sizes named. Raises ValueError for a backend that cannot take the call."""
+    odd = next((f"{name} is {block}" for name, block in blocks.items() if block % 16), None)
     if backend == "auto" and odd:
         backend = "torch"  # Triton's tiles are multiples of 16
     backend = choose_backend(backend, q, k, v)
     if backend == "triton" and odd:
         raise ValueError(f"the Triton kernels take blocks that are multiples of 16, and {odd}")
     return _implementation(backend)
+
+
+def _check_lse(lse: Tensor, q: Tensor) -> None:
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse is {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
 
 
 def block_mass(
@@ -173,7 +195,8 @@ def block_mass(
     masses of a row of blocks sum to its number of real rows.
     """
     _check_qkv(q, k, None)
-    ops = _mass_implementation(backend, q, k, k, lse, block_q, block_k)
+    _check_lse(lse, q)
+    ops = _by_blocks(backend, q, k, k, block_q=block_q, block_k=block_k)
     return ops.block_mass(q, k, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
 
 
@@ -188,8 +211,46 @@ def attention_with_mass(
     extension of AdaSpa (arXiv 2502.21079, section 4.1), which spends a second pass. Each order holds every row.
     """
     _check_qkv(q, k, v)
-    ops = _mass_implementation(backend, q, k, v, lse, block_q, block_k)
+    _check_lse(lse, q)
+    ops = _by_blocks(backend, q, k, v, block_q=block_q, block_k=block_k)
     return ops.attention_with_mass(q, k, v, lse.float(), block_q, block_k, q_order, k_order, _scale(scale, q), _bias(key_bias, k))
+
+
+def pool_blocks(
+    k: Tensor, v: Tensor, block_k: int, *, k_order: TokenOrder | None = None, key_bias: Tensor | None = None, backend: str = "auto",
+) -> PooledBlocks:
+    """Each block of keys as one key: its mean key, its mean value and the logarithm of its size.
+
+    k, v: [B, H, S_k, D]. With an order, blocks are of its positions, and padding counts nothing. key_bias: [B or 1, S_k]; a key
+    counts exp(bias), so one of minus infinity counts nothing, whatever is in its memory. A block without a visible key is 0, with
+    a log_size of minus infinity. Means are summed in float32 (float64 of such tensors) and rounded to k's dtype once. Raises
+    ValueError where shapes contradict one another or a named backend cannot be had.
+    """
+    _check_qkv(k, k, v)
+    ops = _by_blocks(backend, k, k, v, block_k=block_k)
+    return ops.pool_blocks(k, v, block_k, k_order, _bias(key_bias, k))
+
+
+def block_errors(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, *, pooled: PooledBlocks | None = None,
+    q_order: TokenOrder | None = None, k_order: TokenOrder | None = None, scale: float | None = None, key_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What each pair of blocks loses where the key block counts as one key, float32 [B, H, Q, K].
+
+    The sum, over the real rows of the query block, of the squared length of what the key block's keys add to the output less what
+    the pooled key adds in their place: |sum_j p_j v_j - p v|^2 with p_j = exp(score_j - LSE), p = exp(scale q.key + log_size - LSE) and
+    v the pooled value. lse: [B, H, S_q] of dense attention, current or of an earlier step; a row of minus infinity adds nothing.
+    pooled: made of k and v by `pool_blocks` where None. Raises ValueError as `block_mass` does, and for pooled blocks of another shape.
+    """
+    _check_qkv(q, k, v)
+    _check_lse(lse, q)
+    ops = _by_blocks(backend, q, k, v, block_q=block_q, block_k=block_k)
+    bias = _bias(key_bias, k)
+    if pooled is None:
+        pooled = ops.pool_blocks(k, v, block_k, k_order, bias)
+    _check_pooled(pooled, k, num_blocks(k.shape[2] if k_order is None else k_order.length, block_k))
+    return ops.block_errors(q, k, v, lse.float(), block_q, block_k, pooled, q_order, k_order, _scale(scale, q), bias)
 
 
 def sampled_errors(
@@ -199,7 +260,7 @@ def sampled_errors(
     """What each candidate plan would cost on a sample of rows (SVG, algorithm 1), float32 [C, B, H].
 
     rows: [R] integers, tensor rows. The error is the mean square, over the sampled rows and D, of the candidate's
-    output minus dense attention's.
+    output minus dense attention's. What a plan has pooled is left out: its skipped blocks count as nothing here.
     """
     _check_qkv(q, k, v)
     for plan in candidates:

@@ -1,4 +1,5 @@
-"""What a kernel is told to compute: which blocks (BlockMask), in which order of tokens (TokenOrder), for which head.
+"""What a kernel is told to compute: which blocks (BlockMask), in which order of tokens (TokenOrder), for which head, and what
+stands for the blocks that are left out (PooledBlocks).
 
 Dimensions, here and everywhere in the project:
 B batch, H heads, S tokens (rows of a tensor), D head_dim, Q and K blocks of queries and of keys,
@@ -182,12 +183,29 @@ class _Tables:
 
 
 @dataclass(frozen=True)
+class PooledBlocks:
+    """Each block of keys as one key: what a skipped block may count as (`kernels.pool_blocks` makes it).
+
+    keys, values: [B, H, K, D], a block's mean key and mean value, in the dtype of k and v; 0 where a block has no visible key.
+    log_size: [B, H, K] float32, the natural logarithm of how many keys a block stands for, biases counted in; minus infinity for none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_size: Tensor
+
+
+@dataclass(frozen=True)
 class SparsePlan:
-    """All that a sparse call needs beside q, k and v. What is profiled is what is executed."""
+    """All that a sparse call needs beside q, k and v. What is profiled is what is executed.
+
+    pooled: what the blocks that the mask leaves out count as, of this call's own k and v; None where they count as nothing.
+    """
 
     mask: BlockMask
     q_order: TokenOrder | None = None
     k_order: TokenOrder | None = None
+    pooled: PooledBlocks | None = None
 
 
 def block_rows(order: TokenOrder | None, length: int, block: int, device: torch.device) -> Tensor:
@@ -209,7 +227,7 @@ def _rows_in_blocks(order: TokenOrder | None, length: int, block: int, batch: in
 def density(plan: SparsePlan, seq_q: int, seq_k: int) -> Tensor:
     """The share of query-key pairs that the plan computes, float64 [B, H]; only pairs of real rows count.
 
-    seq_q, seq_k: tokens (rows of q and of k), not positions.
+    seq_q, seq_k: tokens (rows of q and of k), not positions. `plan.pooled` is not counted: a skipped block stays skipped.
     """
     mask = plan.mask
     orders = [order.head_order for order in (plan.q_order, plan.k_order) if order is not None]
@@ -229,7 +247,8 @@ def density(plan: SparsePlan, seq_q: int, seq_k: int) -> Tensor:
 def kept_pairs(plan: SparsePlan, q_rows: Tensor, k_rows: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Which pairs of some query rows and some key rows the plan computes: bool [B, H, len(q_rows), len(k_rows)].
 
-    q_rows, k_rows: tensor rows, integers. shape: (B, H, S_q, S_k). For pictures: its size is the pairs asked for.
+    q_rows, k_rows: tensor rows, integers. shape: (B, H, S_q, S_k). For pictures: its size is the pairs asked for. Only kept blocks
+    count, whatever `plan.pooled` makes of the others.
     """
     batch, heads, seq_q, seq_k = shape
     mask = plan.mask.expand(batch, heads)

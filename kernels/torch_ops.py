@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_mask import BlockMask, SparsePlan, TokenOrder, block_rows, blocks_of_rows
+from .block_mask import BlockMask, PooledBlocks, SparsePlan, TokenOrder, block_rows, blocks_of_rows
 
 # Bytes of gathered keys, values and scores at a time: small enough to stay near a CPU's cache, large enough to hide a call.
 _GROUP_BYTES = 8 << 20
@@ -88,7 +88,7 @@ class _Workspace:
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, q_order: TokenOrder | None, k_order: TokenOrder | None,
-    scale: float, key_bias: Tensor | None, return_lse: bool = False,
+    scale: float, key_bias: Tensor | None, return_lse: bool = False, pooled: PooledBlocks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`. Returns out and, where asked for, lse."""
     mask = mask.expand(*q.shape[:2])
@@ -99,7 +99,8 @@ def block_sparse_attention(
     work = _Workspace(q.device)
     for b, h in blocks.heads():
         query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
-        head = _Head(q[b, h], keys, scale, out[b, h], None if lse is None else lse[b, h], work)
+        pooled_keys = None if pooled is None else (pooled.keys[b, h], pooled.values[b, h], pooled.log_size[b, h])
+        head = _Head(q[b, h], keys, scale, out[b, h], None if lse is None else lse[b, h], work, pooled_keys)
         head.attend_blocks(query_rows, mask.kv_num_blocks[b, h], mask.kv_indices[b, h], full_rows[b, h])
     return out, lse
 
@@ -163,11 +164,17 @@ def _order_of(order: TokenOrder | None, b: int, h: int) -> int:
 
 
 class _Head:
-    """One head's attention to blocks of keys. q, out: [S, D]; lse: [S] or None."""
+    """One head's attention to blocks of keys. q, out: [S, D]; lse: [S] or None.
 
-    def __init__(self, q: Tensor, keys: _Keys, scale: float, out: Tensor, lse: Tensor | None, work: _Workspace):
-        self.q, self.keys, self.scale, self.out, self.lse, self.work = q, keys, scale, out, lse, work
-        self.writes_scores = q.device.type == "cpu" or lse is not None
+    pooled: keys [K, D], values [K, D] and log_size [K] of the blocks as one key each, for those that a row of blocks leaves out.
+    """
+
+    def __init__(
+        self, q: Tensor, keys: _Keys, scale: float, out: Tensor, lse: Tensor | None, work: _Workspace,
+        pooled: tuple[Tensor, Tensor, Tensor] | None = None,
+    ):
+        self.q, self.keys, self.scale, self.out, self.lse, self.work, self.pooled = q, keys, scale, out, lse, work, pooled
+        self.writes_scores = q.device.type == "cpu" or lse is not None or pooled is not None
 
     @functools.cached_property
     def weighted_values(self) -> Tensor:
@@ -185,6 +192,16 @@ class _Head:
         result[..., :-1], result[..., -1] = keys, offset
         return result
 
+    @functools.cached_property
+    def pooled_score_keys(self) -> Tensor:
+        """[K, D], or D + 1 beside keys that have an offset: what is added to their own scores is another for each row of blocks."""
+        return F.pad(self.pooled[0].to(self.score_keys.dtype), (0, self.score_keys.shape[2] - self.pooled[0].shape[1]))
+
+    @functools.cached_property
+    def pooled_weighted_values(self) -> Tensor:
+        """[K, D]"""
+        return self.pooled[1].to(self.weighted_values.dtype)
+
     def attend_blocks(self, query_rows: Tensor, counts: Tensor, indices: Tensor, full_rows: Tensor) -> None:
         """query_rows: [Q, block_q], -1 where there is none; counts, indices, full_rows: the mask's, [Q], [Q, M] and [Q].
 
@@ -193,24 +210,32 @@ class _Head:
         present = query_rows >= 0
         used = (torch.arange(indices.shape[1], device=indices.device) < counts[:, None]) & ~full_rows[:, None]
         seen = torch.where(used, self.keys.count[torch.where(used, indices, 0).long()], 0).sum(1)
-        kept = torch.where(torch.where(full_rows, self.keys.count.sum(), seen) == 0, 0, counts)
-        kinds, kind_of_block = torch.stack([kept, present.sum(1)], 1).unique(dim=0, return_inverse=True)
+        offsets = None  # [Q, K], what is added to the score of each block as one key: minus infinity for those that are kept
+        if self.pooled is not None:
+            columns = len(self.keys.count)
+            kept = torch.zeros(len(indices), columns + 1, dtype=torch.bool, device=indices.device)
+            kept.scatter_(1, torch.where(used, indices, columns).long(), True)
+            offsets = self.pooled[2].expand(len(indices), -1).masked_fill(kept[:, :-1], -torch.inf)
+            seen += (offsets != -torch.inf).sum(1)  # what is no number is seen
+        # -1 for rows of blocks that see no key.
+        counts = torch.where(torch.where(full_rows, self.keys.count.sum(), seen) == 0, -1, counts)
+        kinds, kind_of_block = torch.stack([counts, present.sum(1)], 1).unique(dim=0, return_inverse=True)
         for kind, (count, size) in enumerate(kinds.tolist()):
             if size == 0:
                 continue
             blocks = (kind_of_block == kind).nonzero()[:, 0]
             rows = query_rows[blocks][present[blocks]].view(len(blocks), size).long()
-            if count == 0:
+            if count < 0:
                 self.write(rows, torch.zeros(rows.numel(), self.out.shape[1], dtype=self.out.dtype, device=rows.device), -torch.inf)
             elif count == len(self.keys.count):
                 self.attend_to_all(rows.flatten())
             else:
-                self._attend_listed(rows, indices[blocks, :count].long())
+                self._attend_listed(rows, indices[blocks, :count].long(), None if offsets is None else offsets[blocks])
 
     def attend_to_all(self, rows: Tensor) -> None:
         """Rows [n] that see every key: dense attention."""
         if self.lse is None:
-            present = slice(None) if self.keys.offset is None else self.keys.offset.flatten() > -torch.inf
+            present = slice(None) if self.keys.offset is None else self.keys.offset.flatten() != -torch.inf
             keys, values = (table.flatten(0, 1)[present][None] for table in (self.keys.keys, self.keys.values))
             self._attend_fused(rows[None], keys, values, None if self.keys.offset is None else self.keys.offset.flatten()[present][None])
             return
@@ -224,21 +249,23 @@ class _Head:
         """How many query blocks of `size` rows and `count` key blocks to take at a time: equally many for each thread."""
         tables = (self.score_keys, self.weighted_values) if self.writes_scores else (self.keys.keys, self.keys.values)
         bytes_a_key = sum(table.shape[2] * table.element_size() for table in tables) + (4 * size if self.writes_scores else 0)
-        bytes_a_block = bytes_a_key * count * tables[0].shape[1]
+        bytes_a_block = bytes_a_key * (count * tables[0].shape[1] + (0 if self.pooled is None else len(self.pooled[0])))
         threads = torch.get_num_threads() if self.q.device.type == "cpu" else 1
         return max(1, min(threads * max(1, _GROUP_BYTES // (bytes_a_block * threads)), _MOST_GROUP_BYTES // bytes_a_block))
 
-    def _attend_listed(self, rows: Tensor, lists: Tensor) -> None:
-        """Rows [n, size] to the key blocks [n, count], written to out and lse at those rows."""
+    def _attend_listed(self, rows: Tensor, lists: Tensor, offsets: Tensor | None) -> None:
+        """Rows [n, size] to the key blocks [n, count], and with offsets [n, K] to the pooled ones. Written to out and lse at those rows."""
         group = self._group(rows.shape[1], lists.shape[1])
         slab = group * max(1, _ROWS // (group * rows.shape[1]))
         for start in range(0, len(rows), slab):
             some_rows, some_lists = rows[start : start + slab], lists[start : start + slab]
+            some_offsets = None if offsets is None else offsets[start : start + slab]
             parts = [slice(part, part + group) for part in range(0, len(some_rows), group)]
             if self.writes_scores:
                 with self._rows(some_rows) as (queries, result, row_lse):
                     for part in parts:
-                        self._attend_group(queries[part], some_lists[part], result[part], None if row_lse is None else row_lse[part])
+                        given = None if some_offsets is None else some_offsets[part]
+                        self._attend_group(queries[part], some_lists[part], given, result[part], None if row_lse is None else row_lse[part])
             else:
                 for part in parts:
                     keys, values = (self._gathered(name, getattr(self.keys, name), some_lists[part]) for name in ("keys", "values"))
@@ -254,20 +281,38 @@ class _Head:
         yield queries, result, row_lse
         self.write(rows, result, row_lse)
 
-    def _attend_group(self, queries: Tensor, lists: Tensor, result: Tensor, row_lse: Tensor | None) -> None:
-        """Queries [n, size, D] to the key blocks [n, count]."""
+    def _attend_group(self, queries: Tensor, lists: Tensor, offsets: Tensor | None, result: Tensor, row_lse: Tensor | None) -> None:
+        """Queries [n, size, D] to the key blocks [n, count], and with offsets [n, K] to the pooled ones behind them."""
         # The values are gathered when the keys are done with, into the same memory where they can: it is still in cache.
         name = "keys" if self.score_keys.dtype == self.weighted_values.dtype else "values"
-        keys = self._gathered("keys", self.score_keys, lists)
-        self._attend_written_out(queries, keys, lambda: self._gathered(name, self.weighted_values, lists), result, row_lse)
+        keys = self._gathered("keys", self.score_keys, lists, None if offsets is None else self.pooled_score_keys)
+        self._attend_written_out(
+            queries, keys, lambda: self._gathered(name, self.weighted_values, lists, None if offsets is None else self.pooled_weighted_values),
+            result, row_lse, offsets,
+        )  # fmt: skip
 
-    def _gathered(self, name: str, table: Tensor, lists: Tensor) -> Tensor:
-        """The blocks [K, block_k, D] of each list as one matrix: [n, count * block_k, D]."""
-        return self.work.gather(name, table.flatten(1), lists.flatten()).view(len(lists), -1, table.shape[2])
+    def _gathered(self, name: str, table: Tensor, lists: Tensor, more: Tensor | None = None) -> Tensor:
+        """The blocks [K, block_k, D] of each list as one matrix, and after them the rows `more` [m, D]: [n, count * block_k + m, D]."""
+        flat = table.flatten(1)
+        if more is None:
+            return self.work.gather(name, flat, lists.flatten()).view(len(lists), -1, table.shape[2])
+        length = lists.shape[1] * table.shape[1]
+        result = self.work.take(name, (len(lists), length + len(more), table.shape[2]), table.dtype)
+        for rows, some in zip(result, lists, strict=True):
+            torch.index_select(flat, 0, some, out=rows[:length].view(len(some), flat.shape[1]))
+        result[:, length:] = more
+        return result
 
-    def _attend_written_out(self, queries: Tensor, keys: Tensor, values: Callable[[], Tensor], result: Tensor, row_lse: Tensor | None) -> None:
-        """queries: [n, size, D]; keys: [n, length, D]; both D + 1 with the keys' offset; values: [n, length, D]. Fills result and row_lse."""
+    def _attend_written_out(
+        self, queries: Tensor, keys: Tensor, values: Callable[[], Tensor], result: Tensor, row_lse: Tensor | None, offsets: Tensor | None = None,
+    ) -> None:
+        """queries: [n, size, D]; keys: [n, length, D]; both D + 1 with the keys' offset; values: [n, length, D]. Fills result and row_lse.
+
+        offsets: [n, K], of the last K keys.
+        """
         scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.take("scores", (*queries.shape[:2], keys.shape[1]), queries.dtype))
+        if offsets is not None:
+            scores[..., -offsets.shape[1] :] += offsets[:, None]
         lse = _softmax_(scores, with_lse=row_lse is not None)
         torch.bmm(self.work.cast("weights", scores, result.dtype), values(), out=result)
         if row_lse is not None:
@@ -433,6 +478,87 @@ def _attend_and_weigh(head: _Head, old_lse: Tensor, query_rows: Tensor, mass: Te
         mass[start : start + step] = sums.view(-1, block_q, mass.shape[1]).sum(1)
         result = torch.mm(head.work.cast("weights", weights, values.dtype), values)
         head.write(some[present], result[present], row_lse[present])
+
+
+def pool_blocks(k: Tensor, v: Tensor, block_k: int, k_order: TokenOrder | None, key_bias: Tensor | None) -> PooledBlocks:
+    """See `kernels.pool_blocks`."""
+    blocks = _BlocksOfHeads(k, k, block_k, block_k, None, k_order, key_bias)
+    shape = (*k.shape[:2], blocks.key_rows.shape[1])
+    pooled = PooledBlocks(
+        torch.empty(*shape, k.shape[3], dtype=k.dtype, device=k.device), torch.empty(*shape, k.shape[3], dtype=v.dtype, device=k.device),
+        torch.empty(shape, dtype=torch.float32, device=k.device),
+    )  # fmt: skip
+    work = _Workspace(k.device)
+    for b, h in blocks.heads():
+        _, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
+        if keys.offset is None:
+            weights = None
+            pooled.log_size[b, h] = math.log(block_k)
+        else:
+            log_size = pooled.log_size[b, h] = keys.offset.logsumexp(1)
+            weights = (keys.offset - torch.where(log_size == -torch.inf, 0.0, log_size)[:, None]).exp()[:, None]  # [K, 1, block_k]
+        for table, means in ((keys.keys, pooled.keys[b, h]), (keys.values, pooled.values[b, h])):
+            exact = work.cast("exact", table, _exact_dtype(table))
+            means.copy_(exact.mean(1) if weights is None else torch.bmm(weights.to(exact.dtype), exact)[:, 0])
+    return pooled
+
+
+def block_errors(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, block_q: int, block_k: int, pooled: PooledBlocks, q_order: TokenOrder | None,
+    k_order: TokenOrder | None, scale: float, key_bias: Tensor | None,
+) -> Tensor:
+    """See `kernels.block_errors`."""
+    blocks = _BlocksOfHeads(q, k, block_q, block_k, q_order, k_order, key_bias)
+    errors = blocks.empty_mass()
+    work = _Workspace(q.device)
+    for b, h in blocks.heads():
+        query_rows, keys = blocks.of_head(b, h, k[b, h], v[b, h], work)
+        pooled_keys = (pooled.keys[b, h], pooled.values[b, h], pooled.log_size[b, h])
+        _errors_of_head(q[b, h], lse[b, h], query_rows, keys, pooled_keys, scale, errors[b, h], work)
+    return errors
+
+
+def _errors_of_head(
+    q: Tensor, lse: Tensor, query_rows: Tensor, keys: _Keys, pooled: tuple[Tensor, Tensor, Tensor], scale: float, errors: Tensor, work: _Workspace,
+) -> None:
+    """One head: q [S, D], lse [S], query_rows [Q, block_q], errors [Q, K]; pooled as of `_Head`.
+
+    A block's pooled key goes behind its keys, with minus its value, so that one product gives the difference. The columns that take the
+    LSE and the offsets into the scores are those of `_mass_of_head`.
+    """
+    rows = query_rows.flatten()
+    some = rows.clamp(min=0)
+    counted = (rows >= 0) & (lse[some] > -torch.inf)
+    dtype, (count, block_k, dim), block_q = _exact_dtype(q), keys.keys.shape, query_rows.shape[1]
+    queries = work.take("queries", (len(rows), dim + 2), dtype)
+    queries[:, :dim] = work.gather("query rows", q, some)
+    queries[:, :dim] *= scale
+    queries[:, dim] = torch.where(counted, -lse[some], -torch.inf)  # exp(score - inf) is the 0 that a row which does not count must give
+    queries[:, dim + 1] = 1
+    queries[:, :dim].masked_fill_(~counted[:, None], 0)
+    score_keys = work.take("score keys", (count, block_k + 1, dim + 2), dtype)
+    score_keys[:, :-1, :dim], score_keys[:, -1, :dim] = keys.keys, pooled[0]
+    score_keys[..., dim] = 1
+    score_keys[:, :-1, dim + 1], score_keys[:, -1, dim + 1] = 0 if keys.offset is None else keys.offset, pooled[2]
+    values = work.take("values", (count, block_k + 1, dim), dtype)
+    values[:, :-1] = keys.values
+    torch.neg(pooled[1].to(dtype), out=values[:, -1])
+    score_keys = score_keys.flatten(0, 1)
+    step_q, step_k = max(1, _TILE_ROWS // block_q), max(1, _TILE_ROWS // block_k)
+    for start_q in range(0, len(query_rows), step_q):
+        tile_rows = slice(start_q * block_q, (start_q + step_q) * block_q)
+        some_queries = queries[tile_rows]
+        idle = (~counted[tile_rows]).nonzero()[:, 0]
+        for start_k in range(0, count, step_k):
+            some_values = values[start_k : start_k + step_k]
+            some_keys = score_keys[start_k * (block_k + 1) : (start_k + step_k) * (block_k + 1)]
+            weights = torch.mm(some_queries, some_keys.T, out=work.take("weights", (len(some_queries), len(some_keys)), dtype)).exp_()
+            output = work.take("output", (len(some_values), len(some_queries), dim), dtype)
+            torch.bmm(weights.view(len(some_queries), -1, block_k + 1).transpose(0, 1), some_values, out=output)
+            if len(idle):  # 0 times a value that is not finite
+                output.index_fill_(1, idle, 0)
+            lengths = torch.linalg.vector_norm(output.view(len(some_values), -1, block_q * dim), dim=-1)
+            errors[start_q : start_q + step_q, start_k : start_k + step_k] = lengths.square().T
 
 
 def sampled_errors(

@@ -60,6 +60,19 @@ _BLOCK_MASS = {
 }
 _BLOCK_MASS_FLOAT32 = (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 2))
 
+# As _FORWARD, for the kernel of the block errors, which accumulates an output as well, a block of keys at a time.
+_BLOCK_ERRORS = {
+    ("sm_75", 2): (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("sm_80", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
+    ("sm_86", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("sm_90", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2)),
+    ("sm_100", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+    ("gfx9", 2): (Config(128, 64, 4, 2), Config(128, 64, 4, 2), Config(64, 32, 4, 1)),
+    ("gfx11", 2): (Config(128, 32, 8, 1), Config(128, 16, 8, 1), Config(32, 16, 4, 1)),
+    ("gfx12", 2): (Config(128, 32, 8, 1), Config(128, 32, 8, 1), Config(32, 16, 4, 1)),
+    ("sm_75", 4): (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+
 # As _FORWARD, for the kernel of the sampled errors, which accumulates three outputs. More tiles mean more passes over K and V.
 _SAMPLED = {
     ("sm_75", 2): (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
@@ -136,9 +149,22 @@ def one_pass_config(element_size: int, head_dim: int, arch: str, block_m: int = 
     return _choose(_ONE_PASS, _FORWARD_FLOAT32, element_size, head_dim, arch, block_m, block_n)
 
 
+def pooled_config(config: Config) -> dict[str, int]:
+    """How a forward kernel of a row walks the pooled keys before its main loop, as its arguments.
+
+    In narrow tiles, and few of them ahead: a wide first loop takes registers from the main one, whose work is ten times as much.
+    """
+    return {"POOLED_N": min(config.block_n, 32), "POOLED_STAGES": max(1, min(config.num_stages - 1, 2))}
+
+
 def block_mass_config(element_size: int, head_dim: int, arch: str, block_m: int = 128, block_n: int = 64) -> Config:
     """For the block mass. element_size: bytes. block_m, block_n: the largest tile that the wanted blocks allow."""
     return _choose(_BLOCK_MASS, _BLOCK_MASS_FLOAT32, element_size, head_dim, arch, block_m, block_n)
+
+
+def block_errors_config(element_size: int, head_dim: int, arch: str, block_m: int = 128, block_n: int = 64) -> Config:
+    """For the block errors. Arguments as for `block_mass_config`."""
+    return _choose(_BLOCK_ERRORS, _FORWARD_FLOAT32, element_size, head_dim, arch, block_m, block_n)
 
 
 def sampled_config(element_size: int, head_dim: int, arch: str, block_m: int = 64) -> Config:

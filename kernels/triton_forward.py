@@ -13,19 +13,22 @@ there take no mask: a flag a tile says which, from `TokenOrder.full_blocks` wher
 HAS_MASS gathers the block masses of AdaSpa's search (arXiv 2502.21079, equation 13) on the way: with m the maximum so far,
 a row's mass in a tile is the sum of its weights, exp2(score - m), times exp2(m - lse): one more exponential a row, none a score.
 
+With HAS_POOLED the online softmax starts from the blocks that the row leaves out, each as one key (`start_from_pooled`): q is read
+once, and nothing is rounded that the main loop would not round.
+
 Nothing is specialised on a sequence length, a count or the stride of a batch or head: another resolution compiles nothing.
 """
 # ruff: noqa: N803  (Triton writes what it knows at compile time in capitals)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_mask import BlockMask, TokenOrder, num_blocks
-from .triton_config import LOG2E, architecture, forward_config, heads_aligned, on_device, one_pass_config, padded_head_dim
+from .block_mask import BlockMask, PooledBlocks, TokenOrder, num_blocks
+from .triton_config import LOG2E, architecture, forward_config, heads_aligned, on_device, one_pass_config, padded_head_dim, pooled_config
 
 LOG2E_DEVICE = tl.constexpr(LOG2E)
 
@@ -135,6 +138,30 @@ def online_softmax_step(scores, scale, v, running_max, running_sum, accumulator)
 
 
 @triton.jit
+def start_from_pooled(
+    queries, keys, values, log_size, kept, columns, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The maximum, sum and accumulator of the online softmax after the pooled keys that a row of blocks does not keep.
+
+    keys, values: one head's [columns, HEAD_DIM]. log_size: [columns]. kept: [columns], 1 for a block that is kept. No column: an empty start.
+    """
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(0, columns, BLOCK_N, num_stages=STAGES):
+        numbers = first + tl.arange(0, BLOCK_N)
+        inside = numbers < columns
+        skipped = tl.load(kept + numbers, mask=inside, other=1) == 0
+        sizes = tl.load(log_size + numbers, mask=skipped, other=float("-inf")) * LOG2E_DEVICE
+        tile = load_rows(keys, numbers, inside, HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scale + sizes[None, :]
+        tile = load_rows(values, numbers, inside, HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
+        running_max, running_sum, accumulator = online_softmax_step(scores, 1.0, tile, running_max, running_sum, accumulator)
+    return running_max, running_sum, accumulator
+
+
+@triton.jit
 def normalise(running_max, running_sum, accumulator):
     """Output [M, D] and natural LSE [M]. A row without a visible key has the sum 0: it gives 0 and minus infinity."""
     empty = running_sum == 0.0
@@ -149,10 +176,12 @@ def normalise(running_max, running_sum, accumulator):
         "stride_q_b", "stride_q_h", "stride_k_b", "stride_k_h", "stride_v_b", "stride_v_h", "stride_out_b", "stride_out_h",
         "stride_bias_b", "stride_count_b", "stride_count_h", "stride_count_q", "stride_index_b", "stride_index_h", "stride_index_q",
         "stride_q_order", "stride_q_choice_b", "stride_q_choice_h", "stride_k_order", "stride_full", "stride_k_choice_b", "stride_k_choice_h",
+        "stride_kept_b", "stride_kept_h", "stride_kept_q",
     ]
 )
 def forward_kernel(
     q, k, v, out, lse, key_bias, kv_num_blocks, kv_indices, old_lse, mass, q_order, q_choice, k_order, full_tiles, k_choice,
+    pooled_keys, pooled_values, log_size, kept,
     scale, heads, length_q, length_k, lse_length, groups_q, tiles_k,
     stride_q_b: tl.int64, stride_q_h: tl.int64, stride_q_s, stride_q_d,
     stride_k_b: tl.int64, stride_k_h: tl.int64, stride_k_s, stride_k_d,
@@ -163,11 +192,15 @@ def forward_kernel(
     stride_index_b: tl.int64, stride_index_h: tl.int64, stride_index_q: tl.int64, stride_index_m,
     stride_q_order: tl.int64, stride_q_choice_b: tl.int64, stride_q_choice_h: tl.int64,
     stride_k_order: tl.int64, stride_full: tl.int64, stride_k_choice_b: tl.int64, stride_k_choice_h: tl.int64,
+    stride_kept_b: tl.int64, stride_kept_h: tl.int64, stride_kept_q: tl.int64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     TILES_Q: tl.constexpr, TILES_K: tl.constexpr, DENSE: tl.constexpr, HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MASS: tl.constexpr, V_EARLY: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MASS: tl.constexpr,
+    HAS_POOLED: tl.constexpr, POOLED_N: tl.constexpr, POOLED_STAGES: tl.constexpr, V_EARLY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. TILES_Q, TILES_K: tiles in a block of the mask. scale: > 0, times log2(e).
+
+    With HAS_POOLED (and not DENSE): pooled_keys, pooled_values [B, H, K, HEAD_DIM] and log_size [B, H, K], contiguous; kept [B, H, Q, K], 0 or 1.
 
     lse, old_lse: [B, H, lse_length]. With HAS_MASS (and DENSE): mass [B, H, groups_q, tiles_k], a number for GROUP_M positions by a tile of keys.
     """
@@ -191,10 +224,6 @@ def forward_kernel(
     if HAS_MASS:
         mass += tl.program_id(1).to(tl.int64) * groups_q * tiles_k
         counted, old_lse_2 = base_2_lse(old_lse + (batch * heads + head) * lse_length, query_rows, query_present)
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
     if DENSE:
         steps = tl.cdiv(length_k, BLOCK_N)
         listed = False
@@ -203,6 +232,18 @@ def forward_kernel(
         kv_indices += batch * stride_index_b + head * stride_index_h + block_q * stride_index_q
         steps = tl.load(kv_num_blocks + batch * stride_count_b + head * stride_count_h + block_q * stride_count_q) * TILES_K
         listed = steps != tl.cdiv(length_k, BLOCK_N * TILES_K) * TILES_K
+    if HAS_POOLED:
+        columns = tl.cdiv(length_k, BLOCK_N * TILES_K)
+        number = tl.program_id(1).to(tl.int64) * columns
+        kept += batch * stride_kept_b + head * stride_kept_h + block_q * stride_kept_q
+        running_max, running_sum, accumulator = start_from_pooled(
+            queries, pooled_keys + number * HEAD_DIM, pooled_values + number * HEAD_DIM, log_size + number, kept,
+            tl.where(listed, columns, 0), scale, HEAD_DIM, BLOCK_D, BLOCK_M, POOLED_N, POOLED_STAGES,
+        )  # fmt: skip
+    else:
+        running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        running_sum = tl.zeros([BLOCK_M], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     next_tile = tile_of_step(0, steps, listed, kv_indices, stride_index_m, TILES_K, DENSE)
     if HAS_K_ORDER:
         next_rows, next_full = ordered_keys(next_tile, length_k, k_order, full_tiles, BLOCK_N)
@@ -301,6 +342,19 @@ def padded_bias(key_bias: Tensor, block_k: int) -> Tensor:
     return torch.nn.functional.pad(key_bias * LOG2E, (1, block_k), value=-torch.inf)
 
 
+@dataclass(frozen=True)
+class _Pooled:
+    """Blocks as one key each, and the mask that says which of them a row of blocks keeps and so does not see as one key."""
+
+    blocks: PooledBlocks
+    mask: BlockMask
+
+    def arguments(self, batch: int, heads: int) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+        """Pooled keys, values and log_size, the map of kept blocks as bytes [B, H, Q, K], and that map's strides but the last."""
+        kept = self.mask.to_blocks().view(torch.uint8).expand(batch, heads, -1, -1)
+        return (self.blocks.keys.contiguous(), self.blocks.values.contiguous(), self.blocks.log_size.contiguous(), kept), kept.stride()[:3]
+
+
 def mass_tile(block: int) -> int:
     """The largest tile, at most 128, that `block` is a multiple of. The public ops refuse blocks below the 16 of a matrix instruction."""
     return min(block & -block, 128)
@@ -327,13 +381,14 @@ class _Mass:
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, q_order: TokenOrder | None, k_order: TokenOrder | None,
-    scale: float, key_bias: Tensor | None, has_lse: bool, wanted: _Mass | None = None,
+    scale: float, key_bias: Tensor | None, has_lse: bool, wanted: _Mass | None = None, pooled: _Pooled | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs the kernel over a mask, or dense without one. Returns out, and lse and mass where they are asked for."""
     batch, heads, seq_q, head_dim = q.shape
     q, scale = positive_scale(q, scale)
     out = torch.empty(batch, seq_q, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device) if has_lse else None
+    pooled_tables, kept_strides = ((None,) * 4, (0, 0, 0)) if pooled is None else pooled.arguments(batch, heads)
     if mask is None:
         blocks = 128, 64 if wanted is None else mass_tile(wanted.block_k)
         lengths = seq_q if q_order is None else q_order.length, k.shape[2] if k_order is None else k_order.length
@@ -355,14 +410,15 @@ def _launch(
     bias = None if key_bias is None else padded_bias(key_bias, blocks[1])
     with on_device(q):
         forward_kernel[num_blocks(lengths[0], config.block_m), batch * heads](
-            q, k, v, out, lse, bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables,
+            q, k, v, out, lse, bias, counts, indices, old_lse, mass, q_table, q_choice, *k_tables, *pooled_tables,
             scale, heads, *lengths, seq_q, *mass_shape,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(), 0 if bias is None else bias.stride(0),
-            *mask_strides, *q_order_strides, *k_order_strides,
+            *mask_strides, *q_order_strides, *k_order_strides, *kept_strides,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_M=group,
             TILES_Q=blocks[0] // config.block_m, TILES_K=blocks[1] // config.block_n, DENSE=mask is None,
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None, HAS_BIAS=key_bias is not None,
-            HAS_LSE=has_lse, HAS_MASS=wanted is not None, V_EARLY=config.num_stages == 1, ALIGNED=heads_aligned(q, k, v, out),
+            HAS_LSE=has_lse, HAS_MASS=wanted is not None, HAS_POOLED=pooled is not None, **pooled_config(config),
+            V_EARLY=config.num_stages == 1, ALIGNED=heads_aligned(q, k, v, out),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if wanted is not None:
@@ -372,10 +428,19 @@ def _launch(
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, q_order: TokenOrder | None, k_order: TokenOrder | None,
-    scale: float, key_bias: Tensor | None, return_lse: bool = False,
+    scale: float, key_bias: Tensor | None, return_lse: bool = False, pooled: PooledBlocks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`. Returns out and, where asked for, lse."""
-    return _launch(q, k, v, mask, q_order, k_order, scale, key_bias, return_lse)[:2]
+    more = None if pooled is None else _Pooled(pooled, mask)
+    return _launch(q, k, v, mask, q_order, k_order, scale, key_bias, return_lse, pooled=more)[:2]
+
+
+def pooled_alone(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, q_order: TokenOrder | None, scale: float, pooled: PooledBlocks,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the blocks that each row does not keep, as one key each, and to nothing else: out and lse."""
+    nothing = replace(mask, kv_num_blocks=torch.zeros_like(mask.kv_num_blocks))
+    return _launch(q, k, v, nothing, q_order, None, scale, None, True, pooled=_Pooled(pooled, mask))[:2]
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:

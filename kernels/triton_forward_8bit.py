@@ -3,6 +3,9 @@
 As triton_forward.py, over K (and V, for "fp8") that `triton_quantise` has written out in 8 bits: Q is rounded here, in
 registers, and its scale takes in the softmax's. Some heads at a time, so that the 8-bit copies take no more than
 WORKING_BYTES: of 119k tokens of 24 heads of 128 they are 350 MiB for "int8", twice that for "fp8".
+
+Pooled blocks are attended to in the tensors' own precision, by the forward of that, and a last kernel joins both results by their LSEs: in
+one kernel, the products of both and the rotation of Q would not fit the registers.
 """
 # ruff: noqa: N803  (Triton writes what it knows at compile time in capitals)
 
@@ -13,15 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_mask import BlockMask, TokenOrder, num_blocks
+from .block_mask import BlockMask, PooledBlocks, TokenOrder, num_blocks
 from .capability import e4m3_kind
 from .triton_config import LOG2E, architecture, forward_8bit_config, heads_aligned, on_device, padded_head_dim
-from .triton_forward import block_row_numbers, head_start, load_rows, normalise, order_arguments, positive_scale
+from .triton_forward import block_row_numbers, head_start, load_rows, normalise, order_arguments, pooled_alone, positive_scale
 from .triton_quantise import MEAN, REACH, poison, quantise, to_8_bits, turn, turned_at_once
 
 LOG2E_DEVICE = tl.constexpr(LOG2E)
 # What the 8-bit copies of K and V may take at a time; at least one head's are made.
 WORKING_BYTES = 256 << 20
+# Rows that a program joins.
+_JOINED_ROWS = 64
 # kind -> its largest number, and the power of two that weights are lifted by: as in quantise.py.
 _KINDS = {torch.int8: (127.0, 0.0), torch.float8_e4m3fn: (448.0, 8.0), torch.float8_e4m3fnuz: (240.0, 7.0)}
 # Below this a row's scale counts as this: times a block's smallest it must not become 0, since padding's minus infinity times 0 is NaN.
@@ -169,12 +174,54 @@ def forward_8bit_kernel(
         tl.store(lse + batch * stride_lse_b + head * stride_lse_h + query_rows, row_lse, mask=query_present)
 
 
+@triton.jit(do_not_specialize=["heads", "length", "stride_b", "stride_h"])
+def join_kernel(
+    out, lse, other_out, other_lse, heads, length, stride_b: tl.int64, stride_h: tl.int64, stride_s, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Attention to two sets of keys from what each gives alone, written to the first. Outputs of one layout; LSEs [B, H, length], contiguous."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = rows < length
+    # [BLOCK_M]
+    places = tl.program_id(1).to(tl.int64) * length + rows
+    own_lse = tl.load(lse + places, mask=present, other=0.0)
+    their_lse = tl.load(other_lse + places, mask=present, other=0.0)
+    larger = tl.maximum(own_lse, their_lse)
+    larger = tl.where(larger == float("-inf"), 0.0, larger)  # of rows that neither shows a key
+    own, theirs = tl.exp(own_lse - larger), tl.exp(their_lse - larger)
+    total = own + theirs
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + places, tl.where(total == 0.0, float("-inf"), larger + tl.log(divisor)), mask=present)
+    # [BLOCK_M, BLOCK_D]
+    start = head_start(out, batch, head, stride_b, stride_h, ALIGNED)
+    result = load_rows(start, rows, present, stride_s, stride_d, HEAD_DIM, BLOCK_D).to(tl.float32) * (own / divisor)[:, None]
+    other = head_start(other_out, batch, head, stride_b, stride_h, ALIGNED)
+    result += load_rows(other, rows, present, stride_s, stride_d, HEAD_DIM, BLOCK_D).to(tl.float32) * (theirs / divisor)[:, None]
+    offsets_d = tl.arange(0, BLOCK_D)
+    pointers = start + rows.to(tl.int64)[:, None] * stride_s + offsets_d[None, :] * stride_d
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=present[:, None] & (offsets_d < HEAD_DIM)[None, :])
+
+
+def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Adds to attention to some keys that to some others. Outputs [B, H, S, D] of one layout, LSEs [B, H, S]."""
+    batch, heads, length, head_dim = out.shape
+    with on_device(out):
+        join_kernel[num_blocks(length, _JOINED_ROWS), batch * heads](
+            out, lse, other_out, other_lse, heads, length, *out.stride(),
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=_JOINED_ROWS, ALIGNED=heads_aligned(out, other_out), num_warps=4,
+        )  # fmt: skip
+
+
 def block_sparse_attention_8bit(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, q_order: TokenOrder | None, k_order: TokenOrder | None,
-    scale: float, key_bias: Tensor | None, return_lse: bool, precision: str,
+    scale: float, key_bias: Tensor | None, return_lse: bool, precision: str, pooled: PooledBlocks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.block_sparse_attention`; precision: "int8" or "fp8". Returns out and, where asked for, lse."""
     batch, heads, seq_q, head_dim = q.shape
+    more = None if pooled is None else pooled_alone(q, k, v, mask, q_order, scale, pooled)
+    return_lse = return_lse or pooled is not None
     q, scale = positive_scale(q, scale)
     out = torch.empty(batch, seq_q, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device) if return_lse else None
@@ -188,6 +235,8 @@ def block_sparse_attention_8bit(
         counts, indices = mask.kv_num_blocks[:, some], mask.kv_indices[:, some]
         part = None if lse is None else lse[:, some]
         _launch(q[:, some], k[:, some], v[:, some], out[:, some], part, mask, counts, indices, *orders, scale, key_bias, kind)
+    if more is not None:
+        _join(out, lse, *more)
     return out, lse
 
 

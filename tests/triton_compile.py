@@ -27,11 +27,13 @@ from load_pack import load_pack
 load_pack()  # a process that only compiles comes here without the tests' conftest
 from pack.kernels import (  # noqa: E402
     BlockMask,
+    PooledBlocks,
     SparsePlan,
     TokenOrder,
     triton_block_mass,
     triton_forward,
     triton_forward_8bit,
+    triton_pooled,
     triton_quantise,
     triton_sampled_errors,
 )  # fmt: skip
@@ -86,6 +88,11 @@ class Call:
     def blocks(self) -> tuple[int, int]:
         return self.mask.block_q, self.mask.block_k
 
+    def pooled(self) -> PooledBlocks:
+        """Blocks of keys as one key each."""
+        shape = (*self.k.shape[:2], self.mask.num_k_blocks, self.k.shape[3])
+        return PooledBlocks(self.k.new_zeros(shape), self.v.new_zeros(shape), torch.zeros(shape[:3]))
+
     def plans(self) -> list[SparsePlan]:
         """One with the orders and one without, in turn."""
         return [SparsePlan(self.mask, self.order, self.order), SparsePlan(self.mask)] * self.candidates
@@ -118,6 +125,10 @@ KERNELS = {
         triton_forward, "forward_kernel",
         lambda c: triton_forward.block_sparse_attention(c.q, c.k, c.v, c.mask, c.order, c.order, 0.1, c.key_bias, return_lse=c.lse), MATRIX,
     ),
+    "forward_pooled": Kernel(
+        triton_forward, "forward_kernel",
+        lambda c: triton_forward.block_sparse_attention(c.q, c.k, c.v, c.mask, c.order, c.order, 0.1, c.key_bias, c.lse, c.pooled()), MATRIX,
+    ),
     "dense": Kernel(triton_forward, "forward_kernel", lambda c: triton_forward.attention_with_lse(c.q, c.k, c.v, 0.1, c.key_bias), MATRIX),
     "dense_with_mass": Kernel(
         triton_forward, "forward_kernel",
@@ -127,6 +138,13 @@ KERNELS = {
         triton_block_mass, "block_mass_kernel",
         lambda c: triton_block_mass.block_mass(c.q, c.k, torch.zeros(c.q.shape[:3]), *c.blocks, c.order, c.order, 0.1, c.key_bias), MATRIX,
     ),
+    "block_errors": Kernel(
+        triton_pooled, "block_errors_kernel",
+        lambda c: triton_pooled.block_errors(
+            c.q, c.k, c.v, torch.zeros(c.q.shape[:3]), *c.blocks, c.pooled(), c.order, c.order, 0.1, c.key_bias
+        ), MATRIX,
+    ),
+    "pool_blocks": Kernel(triton_pooled, "pool_kernel", lambda c: triton_pooled.pool_blocks(c.k, c.v, c.blocks[1], c.order, c.key_bias), {}),
     "sampled_errors": Kernel(triton_sampled_errors, "sampled_attention_kernel", _sampled, MATRIX),
     "sampled_errors: merge": Kernel(triton_sampled_errors, "merged_errors_kernel", _sampled, {}),
     "sampled_errors: words by block": Kernel(triton_sampled_errors, "words_by_block_kernel", _sampled, {}, head_dims=(128,)),
@@ -143,9 +161,10 @@ MATRIX_FP8 = {
 }  # fmt: skip
 
 
-def _8bit(precision: str) -> Callable[[Call], object]:
+def _8bit(precision: str, pooled: bool = False) -> Callable[[Call], object]:
     def op(c: Call):
-        return triton_forward_8bit.block_sparse_attention_8bit(c.q, c.k, c.v, c.mask, c.order, c.order, 0.1, c.key_bias, c.lse, precision)
+        more = c.pooled() if pooled else None
+        return triton_forward_8bit.block_sparse_attention_8bit(c.q, c.k, c.v, c.mask, c.order, c.order, 0.1, c.key_bias, c.lse, precision, more)
 
     return op
 
@@ -153,6 +172,7 @@ def _8bit(precision: str) -> Callable[[Call], object]:
 for _precision, _matrix in (("int8", MATRIX_INT8), ("fp8", MATRIX_FP8)):
     KERNELS[_precision] = Kernel(triton_forward_8bit, "forward_8bit_kernel", _8bit(_precision), _matrix, tuple(_matrix))
     KERNELS[f"{_precision}: quantise"] = Kernel(triton_quantise, "quantise_kernel", _8bit(_precision), {}, tuple(_matrix))
+KERNELS["int8: join"] = Kernel(triton_forward_8bit, "join_kernel", _8bit("int8", True), {}, tuple(MATRIX_INT8))
 KERNELS["fp8: statistics"] = Kernel(triton_quantise, "gather_statistics_kernel", _8bit("fp8"), {}, tuple(MATRIX_FP8))
 KERNELS["fp8: sums of statistics"] = Kernel(triton_quantise, "sum_statistics_kernel", _8bit("fp8"), {}, tuple(MATRIX_FP8))
 # Every kernel, on every target that it is meant for: (kernel, target, head_dim).

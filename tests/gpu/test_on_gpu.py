@@ -109,6 +109,53 @@ def test_search_and_profiling_agree_with_the_definition(seed, dtype):
     assert torch.allclose(errors, expected_errors, rtol=5e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(1, 60, 3))
+def test_blocks_that_count_as_one_key(seed, dtype):
+    """Pooling, the forward that takes part in it, and the error that it makes."""
+    case = make(seed, dtype)
+    q, k, v, plan, bias = moved(case)
+    mask, orders = plan.mask, {"k_order": plan.k_order, "key_bias": bias}
+    pooled, expected = (kernels.pool_blocks(k, v, mask.block_k, **orders, backend=backend) for backend in ("triton", "reference"))
+    for one, other in ((pooled.keys, expected.keys), (pooled.values, expected.values)):
+        assert one.dtype == dtype and torch.allclose(one.float(), other.float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    empty = expected.log_size == -math.inf
+    assert torch.equal(pooled.log_size == -math.inf, empty) and torch.allclose(pooled.log_size[~empty], expected.log_size[~empty], atol=1e-5)
+
+    options = {"q_order": plan.q_order, "scale": case.scale, **orders}
+    exact = kernels.PooledBlocks(pooled.keys.double(), pooled.values.double(), pooled.log_size)
+    doubled = q.double(), k.double(), v.double()
+    wanted, wanted_lse = kernels.block_sparse_attention(*doubled, mask, **options, pooled=exact, return_lse=True, backend="reference")
+    plain = kernels.block_sparse_attention(q, k, v, mask, **options, pooled=pooled, backend="torch")  # weights in the dtype, or better
+    out, lse = kernels.block_sparse_attention(q, k, v, mask, **options, pooled=pooled, return_lse=True, backend="triton")
+    assert (out.double() - wanted).abs().max() <= 4 * (plain.double() - wanted).abs().max() + SLACK[dtype]
+    seen = wanted_lse > -math.inf
+    assert (out[~seen] == 0).all() and torch.equal(lse == -math.inf, ~seen) and torch.allclose(lse[seen].double(), wanted_lse[seen], atol=2e-2)
+
+    _, dense_lse = kernels.attention_with_lse(*doubled, scale=case.scale, key_bias=bias, backend="reference")
+    sizes = (dense_lse.float(), mask.block_q, mask.block_k)
+    errors = kernels.block_errors(q, k, v, *sizes, pooled=pooled, **options, backend="triton").double()
+    wanted = kernels.block_errors(*doubled, *sizes, pooled=exact, **options, backend="reference").double()
+    # Weights are rounded to the dtype: both sums are off by so much of the mass, their difference d too, and d squared by 2 d times that.
+    off = 2 * torch.finfo(dtype).eps * doubled[2].norm(dim=-1).max() * kernels.block_mass(*doubled[:2], *sizes, **options, backend="reference")
+    assert ((errors - wanted).abs() <= 2 * wanted.sqrt() * off + off**2 + 1e-12).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("seed", range(0, 60, 6))
+def test_blocks_that_count_as_one_key_beside_8_bits(seed, precision):
+    q, k, v, plan, bias = moved(make(seed, torch.bfloat16))
+    if reason := kernels.why_not("triton", q, k, v, plan.mask, precision):
+        pytest.skip(reason)
+    pooled = kernels.pool_blocks(k, v, plan.mask.block_k, k_order=plan.k_order, key_bias=bias, backend="triton")
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias, "return_lse": True, "precision": precision, "pooled": pooled}
+    out, lse = kernels.block_sparse_attention(q, k, v, plan.mask, backend="triton", **options)
+    expected, expected_lse = kernels.block_sparse_attention(q, k, v, plan.mask, backend="reference", **options)
+    seen = expected_lse > -math.inf
+    assert (out[~seen] == 0).all() and torch.equal(lse == -math.inf, ~seen) and torch.allclose(lse[seen], expected_lse[seen], atol=3e-2)
+    assert (out.double() - expected.double()).norm() <= 0.03 * expected.double().norm() + 1e-6
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 def test_a_run_at_sparsity_0_is_dense_attention(name, dtype):

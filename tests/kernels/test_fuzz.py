@@ -103,6 +103,27 @@ def check_sampled(case, seed):
     assert errors.shape == expected.shape and bool(((errors.double() - expected).abs() <= 2 * expected.sqrt() * off + off**2).all())
 
 
+def check_pooled(case, lse):
+    """Blocks as one key each: in the forward, and the error that this makes."""
+    mask = case.plan.mask
+    pooled = kernels.pool_blocks(case.k, case.v, mask.block_k, k_order=case.plan.k_order, key_bias=case.key_bias, backend="torch")
+    exact = kernels.PooledBlocks(pooled.keys.double(), pooled.values.double(), pooled.log_size)
+    options = case.options | {"backend": "reference", "pooled": exact}
+    expected, expected_lse = kernels.block_sparse_attention(*case.exact(), mask, **options, return_lse=True)
+    options = case.options | {"backend": "torch", "pooled": pooled}
+    out, new = kernels.block_sparse_attention(case.q, case.k, case.v, mask, **options, return_lse=True)
+    alone = kernels.block_sparse_attention(case.q, case.k, case.v, mask, **options)
+    assert relative_error(out, expected) <= case.bound and relative_error(alone, expected) <= case.bound
+    assert same(new, expected_lse, case.lost) and (out[expected_lse == -torch.inf] == 0).all()
+    given = case.earlier_lse(lse), mask.block_q, mask.block_k
+    expected = kernels.block_errors(*case.exact(), *given, pooled=exact, **case.options, backend="reference").double()
+    errors = kernels.block_errors(case.q, case.k, case.v, *given, **options)
+    # Both sums are off by as much as their weights, so their difference d is, and d squared by 2 d times that.
+    mass = kernels.block_mass(*case.exact()[:2], *given, **case.options, backend="reference").double()
+    off = 8 * case.lost * case.v.double().norm(dim=-1).max() * mass
+    assert errors.shape == expected.shape and bool(((errors.double() - expected).abs() <= 2 * expected.sqrt() * off + off**2 + 1e-30).all())
+
+
 # The definition of 8 bits, which the Triton kernels are held to, against exact attention: what benchmarks allow, doubled for rows of few keys.
 EIGHT_BITS = {"int8": 0.06, "fp8": 0.12}
 
@@ -129,6 +150,8 @@ def check(seed):
     check_mass(case, lse)
     check_mass_on_the_way(case, lse)
     check_sampled(case, seed)
+    if seed % 4 == 0:
+        check_pooled(case, lse)
     if seed % 8 == 0:
         check_eight_bits(case, expected, expected_lse)
 

@@ -58,7 +58,7 @@ def test_every_gpu_and_head_dim_is_covered():
             assert {case[1:] for case in CASES if case[0] == name} == {(target, head_dim) for target in TARGETS for head_dim in (64, 128)}
 
 
-@pytest.mark.parametrize("kernel", ["dense", "block_mass", "sampled_errors"])
+@pytest.mark.parametrize("kernel", ["dense", "forward_pooled", "block_mass", "block_errors", "sampled_errors"])
 @pytest.mark.parametrize("target", ["sm_86", "sm_90", "sm_100"])
 def test_head_dim_256_fits(kernel, target):
     assert resources(compile_kernel(kernel, target, torch.bfloat16, 256))["shared"] <= TARGETS[target].shared_kib * 1024
@@ -78,7 +78,7 @@ def test_few_sampled_rows(target, sampled):
     assert resources(compile_kernel("sampled_errors", target, torch.bfloat16, 128, sampled=sampled))["spill"] == 0
 
 
-@pytest.mark.parametrize("kernel", ["forward", "sampled_errors"])
+@pytest.mark.parametrize("kernel", ["forward", "forward_pooled", "block_errors", "sampled_errors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_other_dtypes(kernel, dtype):
     assert resources(compile_kernel(kernel, "sm_86", dtype, 128))["shared"] <= 99 * 1024
@@ -125,6 +125,19 @@ def test_weights_stay_in_registers_and_tiles_are_loaded_ahead(kernel, target, bi
     assert not re.search(r"ttg\.local_alloc %\S+ : \(tensor<128x(64|32)xbf16,", text)
     buffers = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(?:64|32)x128xbf16", text)
     assert len(buffers) == 2 and min(map(int, buffers)) >= 2
+
+
+@pytest.mark.parametrize(("bias", "orders"), [(False, True), (True, True), (False, False)], ids=["orders", "orders, bias", "plain"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_pooled_blocks_cost_the_main_loop_nothing(target, bias, orders):
+    """The loop before it is narrow enough to leave the main one as it is: one layout for all products, as many tiles ahead, no spill."""
+    plain, pooled = (compile_kernel(kernel, target, torch.bfloat16, 128, bias=bias, orders=orders) for kernel in ("forward", "forward_pooled"))
+    assert resources(pooled)["spill"] == 0 and resources(pooled)["shared"] <= resources(plain)["shared"]
+    text = pooled.asm["ttgir"]
+    assert set(re.findall(r"#ttg\.nvidia_mma<\{.*?warpsPerCTA = (\[\d, \d\])", text)) == {"[8, 1]"}
+    assert not re.search(r"ttg\.local_alloc %\S+ : \(tensor<128x(64|32)xbf16,", text)
+    buffers = [re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x64x128xbf16", each.asm["ttgir"]) for each in (plain, pooled)]
+    assert buffers[0] == buffers[1] and len(buffers[0]) == 2
 
 
 @pytest.mark.parametrize("kernel, target, weights, tiles", [

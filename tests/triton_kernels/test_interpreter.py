@@ -9,12 +9,15 @@ import torch
 pytest.importorskip("triton.language")
 from pack.kernels import (
     BlockMask,
+    PooledBlocks,
     SparsePlan,
     TokenOrder,
     attention_with_lse,
     attention_with_mass,
+    block_errors,
     block_mass,
     block_sparse_attention,
+    pool_blocks,
     sampled_errors,
 )  # fmt: skip
 from pack.kernels.capability import interpreted
@@ -202,6 +205,10 @@ def test_addresses_past_31_bits():
     expected, lse = attention_with_lse(near, near, near, backend="reference")
     assert_close(block_sparse_attention(far, far, far, mask, q_order=order, backend="triton"), expected, 2e-3)
     assert_close(block_mass(far, far, lse, 32, 32, backend="triton"), torch.full((1, 1, 1, 1), 18.0), 2e-3)
+    pooled = pool_blocks(far, far, 16, backend="triton")
+    assert_close(pooled.keys, pool_blocks(near, near, 16, backend="reference").keys, 2e-3)
+    expected = block_errors(near, near, near, lse, 32, 16, pooled=pooled, backend="reference")
+    assert_close(block_errors(far, far, far, lse, 32, 16, pooled=pooled, backend="triton"), expected, 5e-3)
 
 
 DENSE = ["ragged", "head_dim 128", "head_dim 96", "head_dim 48", "packed qkv", "unaligned", "bias", "bias hides every key"]
@@ -311,6 +318,110 @@ def test_rows_that_keep_every_block_need_no_list(name, room):
     expected = block_sparse_attention(q, k, v, whole, **options, backend="reference")
     for backend in ("triton", "torch"):
         assert_close(block_sparse_attention(q, k, v, mask, **options, backend=backend), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_pool_blocks(name, dtype):
+    _, k, v, plan, bias = make(SHAPES[name], dtype)
+    options = {"k_order": plan.k_order, "key_bias": bias}
+    actual, expected = (pool_blocks(k, v, plan.mask.block_k, **options, backend=backend) for backend in ("triton", "reference"))
+    assert actual.keys.dtype == actual.values.dtype == dtype and actual.log_size.dtype == torch.float32
+    for one, other in ((actual.keys, expected.keys), (actual.values, expected.values), (actual.log_size, expected.log_size)):
+        assert_close(one, other, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("block_k", [16, 48, 128, 192])
+def test_pool_blocks_of_any_size(block_k):
+    _, k, v, plan, bias = make(SHAPES["orders, bias, packed"], torch.float32)
+    options = {"k_order": plan.k_order, "key_bias": bias}
+    actual, expected = (pool_blocks(k, v, block_k, **options, backend=backend) for backend in ("triton", "reference"))
+    for one, other in ((actual.keys, expected.keys), (actual.values, expected.values), (actual.log_size, expected.log_size)):
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_pooled_forward(name, dtype):
+    q, k, v, plan, bias = make(SHAPES[name], dtype)
+    pooled = pool_blocks(k, v, plan.mask.block_k, k_order=plan.k_order, key_bias=bias, backend="reference")
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias, "return_lse": True, "pooled": pooled}
+    expected, expected_lse = block_sparse_attention(q, k, v, plan.mask, **options, backend="reference")
+    out, lse = block_sparse_attention(q, k, v, plan.mask, **options, backend="triton")
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    assert_close(out, expected, TOLERANCE[dtype])
+    assert_close(lse, expected_lse, TOLERANCE[dtype])
+
+
+def test_pooled_blocks_in_any_memory_and_rows_without_a_list():
+    """Pooled tables that are views, and for the full rows, that start from nothing, numbers that nobody may follow."""
+    q, k, v, plan, _ = make(SHAPES["large blocks in tiles"], torch.float32)
+    mask = plan.mask
+    blocks = torch.zeros(1, 1, mask.num_q_blocks, mask.num_k_blocks, dtype=torch.bool)
+    blocks[:, :, 0], blocks[:, :, 1, 0] = True, True
+    whole = BlockMask.from_blocks(blocks, 128, 128, 300, 200)
+    given = BlockMask(whole.kv_num_blocks, torch.where(whole.full_rows[..., None], 1 << 30, whole.kv_indices), 128, 128, 300, 200)
+    pooled = pool_blocks(k, v, 128, backend="reference")
+    views = PooledBlocks(*(torch.stack([table, table], -1)[..., 0] for table in (pooled.keys, pooled.values, pooled.log_size)))
+    out = block_sparse_attention(q, k, v, given, pooled=views, backend="triton")
+    assert_close(out, block_sparse_attention(q, k, v, whole, pooled=pooled, backend="reference"), 1e-5)
+    dense = attention_with_lse(q, k, v, backend="reference")[0]
+    assert_close(out[:, :, :128], dense[:, :, :128], 1e-5)
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["current", "stale"])
+@pytest.mark.parametrize("name", MASS)
+def test_block_errors(name, stale):
+    q, k, v, plan, bias = make(SHAPES[name], torch.float32)
+    lse = attention_with_lse(q, k, v, key_bias=bias, backend="reference")[1]
+    if stale:
+        lse = lse + torch.randn(lse.shape, generator=torch.Generator().manual_seed(1))
+        lse[:, :, ::7] = -torch.inf
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias}
+    expected = block_errors(q, k, v, lse, *SHAPES[name].blocks, **options, backend="reference")
+    assert_close(block_errors(q, k, v, lse, *SHAPES[name].blocks, **options, backend="triton"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (32, 16), (16, 64), (256, 192), (64, 48)], ids=str)
+def test_block_errors_of_any_blocks(blocks):
+    q, k, v, plan, bias = make(SHAPES["orders, bias, packed"], torch.float32)
+    lse = attention_with_lse(q, k, v, key_bias=bias, backend="reference")[1]
+    options = {"q_order": plan.q_order, "k_order": plan.k_order, "key_bias": bias}
+    actual, expected = (block_errors(q, k, v, lse, *blocks, **options, backend=backend) for backend in ("triton", "reference"))
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ragged", "both orders"])
+def test_block_errors_fp16(name):
+    q, k, v, plan, _ = make(SHAPES[name], torch.float16)
+    lse = attention_with_lse(q, k, v, backend="reference")[1]
+    options = {"q_order": plan.q_order, "k_order": plan.k_order}
+    expected = block_errors(q, k, v, lse, 64, 32, **options, backend="reference")
+    assert_close(block_errors(q, k, v, lse, 64, 32, **options, backend="triton"), expected, 5e-3)
+
+
+def test_block_errors_of_more_blocks_than_one_product_pools():
+    q, k, v = torch.randn(3, 1, 1, 600, 64, generator=torch.Generator().manual_seed(0))[:, :, :, :, :]
+    lse = attention_with_lse(q[:, :, :40], k, v, backend="reference")[1]
+    actual, expected = (block_errors(q[:, :, :40], k, v, lse, 16, 16, backend=backend) for backend in ("triton", "reference"))
+    assert actual.shape[-1] == 38
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_pooling_and_errors_leave_out_what_is_masked(value):
+    q, k, v, plan, _ = make(SHAPES["key order"], torch.float32)
+    bias = torch.zeros(1, 100)
+    bias[:, 40:45] = -torch.inf
+    options = {"k_order": plan.k_order, "key_bias": bias}
+    lse = attention_with_lse(q, k, v, key_bias=bias, backend="reference")[1]
+    expected = block_errors(q, k, v, lse, 32, 32, **options, backend="reference")
+    k[:, :, 41], v[:, :, 44] = value, value
+    pooled = pool_blocks(k, v, 32, **options, backend="triton")
+    assert pooled.keys.isfinite().all() and pooled.values.isfinite().all()
+    assert_close(block_errors(q, k, v, lse, 32, 32, pooled=pooled, **options, backend="triton"), expected, 1e-5)
+    shown = pool_blocks(k, v, 32, k_order=plan.k_order, backend="triton")
+    assert not shown.keys.isfinite().all() and not shown.values.isfinite().all()
 
 
 # (shape of the tensors and of the first candidate, shapes of the others, key tiles a chunk)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton.language")
-from pack.kernels import BlockMask, TokenOrder, block_sparse_attention
+from pack.kernels import BlockMask, TokenOrder, block_sparse_attention, pool_blocks
 from pack.kernels.capability import interpreted
 
 pytestmark = [
@@ -52,6 +52,15 @@ def test_forward_is_the_definition(seed, precision, dtype):
     """Orders, padding, keys left out, key bias, ragged ends, strided views, blocks of all sizes."""
     case = make(seed, dtype)
     options = {"q_order": case.plan.q_order, "k_order": case.plan.k_order, "scale": case.scale, "key_bias": case.key_bias}
+    agrees(case.q, case.k, case.v, case.plan.mask, precision, **options)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("seed", [2, 14, 20])
+def test_pooled_blocks_are_joined_in_their_own_precision(seed, precision):
+    case = make(seed, torch.float16)
+    pooled = pool_blocks(case.k, case.v, case.plan.mask.block_k, k_order=case.plan.k_order, key_bias=case.key_bias, backend="reference")
+    options = {"q_order": case.plan.q_order, "k_order": case.plan.k_order, "scale": case.scale, "key_bias": case.key_bias, "pooled": pooled}
     agrees(case.q, case.k, case.v, case.plan.mask, precision, **options)
 
 

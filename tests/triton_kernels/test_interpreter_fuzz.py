@@ -6,6 +6,7 @@ tells; SVA_FUZZ=<number> tries that one alone. Each runs the block-sparse forwar
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,43 @@ def mass_on_the_way(case):
     masses_agree(masses, expected[2], case)
 
 
+def _as_one_key(case, backend="triton"):
+    """The case's blocks of keys as one key each, and the same in float64."""
+    options = {"k_order": case.plan.k_order, "key_bias": case.key_bias, "backend": backend}
+    pooled = kernels.pool_blocks(case.k, case.v, case.plan.mask.block_k, **options)
+    return pooled, kernels.PooledBlocks(pooled.keys.double(), pooled.values.double(), pooled.log_size)
+
+
+def pooled_forward(case):
+    pooled, exact = _as_one_key(case)
+    expected, expected_lse = kernels.block_sparse_attention(
+        *case.exact(), case.plan.mask, **case.options, return_lse=True, pooled=exact, backend="reference"
+    )
+    options = case.options | {"return_lse": True, "pooled": pooled, "backend": "triton"}
+    out, lse = kernels.block_sparse_attention(case.q, case.k, case.v, case.plan.mask, **options)
+    assert out.dtype == case.q.dtype and (out[expected_lse == -torch.inf] == 0).all()
+    assert relative_error(out, expected) <= case.bound + 4 * lost(case)
+    same_lse(lse, expected_lse, lost(case))
+
+
+def pooling_and_errors(case):
+    pooled, exact = _as_one_key(case)
+    expected, _ = _as_one_key(replace(case, q=case.q.double(), k=case.k.double(), v=case.v.double()), "reference")
+    eps = torch.finfo(case.k.dtype).eps
+    for actual, wanted in ((pooled.keys, expected.keys), (pooled.values, expected.values)):
+        assert ((actual.double() - wanted).abs() <= eps * wanted.abs() + 1e-5).all()
+    same_lse(pooled.log_size, expected.log_size, 1e-5)
+    given = _earlier(case)
+    expected = kernels.block_errors(*case.exact(), *given, pooled=exact, **case.options, backend="reference").double()
+    errors = kernels.block_errors(case.q, case.k, case.v, *given, pooled=pooled, **case.options, backend="triton")
+    # Both sums are off by as much as their weights, so their difference d is, and d squared by 2 d times that.
+    mass = kernels.block_mass(*case.exact()[:2], *given, **case.options, backend="reference").double()
+    weights = eps if case.q.dtype == torch.float16 else 0.0
+    off = (8 * lost(case) + weights) * case.v.double().norm(dim=-1).max() * mass
+    off = off + 2**-25 * sum(case.shape) * (case.q.dtype == torch.float16)  # float16's smallest number, of weights that are smaller
+    assert errors.shape == expected.shape and ((errors.double() - expected).abs() <= 2 * expected.sqrt() * off + off**2 + 1e-30).all()
+
+
 def sampled(case):
     candidates = [case.plan, *case.other_plans(case.q.shape[2] % 2)]
     rows = torch.randint(0, case.q.shape[2], (1 + case.k.shape[2] % 40,), generator=torch.Generator().manual_seed(case.k.shape[2]))
@@ -103,8 +141,9 @@ def sampled(case):
 EIGHT_BITS = {"int8": 1e-2, "fp8": 3e-2}
 
 
-def eight_bits(case, precision):
-    options = case.options | {"return_lse": True, "precision": precision}
+def eight_bits(case, precision, with_pooled=False):
+    pooled = _as_one_key(case)[0] if with_pooled else None
+    options = case.options | {"return_lse": True, "precision": precision, "pooled": pooled}
     expected, expected_lse = kernels.block_sparse_attention(case.q, case.k, case.v, case.plan.mask, **options, backend="reference")
     out, lse = kernels.block_sparse_attention(case.q, case.k, case.v, case.plan.mask, **options, backend="triton")
     assert (out[expected_lse == -torch.inf] == 0).all() and relative_error(out, expected) <= EIGHT_BITS[precision]
@@ -114,6 +153,8 @@ def eight_bits(case, precision):
 OTHERS = {
     "dense": dense, "mass": mass, "mass on the way": mass_on_the_way, "sampled errors": sampled,
     "int8": lambda case: eight_bits(case, "int8"), "fp8": lambda case: eight_bits(case, "fp8"),
+    "pooled": pooled_forward, "pooling and errors": pooling_and_errors,
+    "int8, pooled": lambda case: eight_bits(case, "int8", True), "fp8, pooled": lambda case: eight_bits(case, "fp8", True),
 }  # fmt: skip
 
 
