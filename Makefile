@@ -1,4 +1,4 @@
-# make demo   the main job on a small trained model: dense, SVG and AdaSpa; writes output/demo/
+# make demo   the main job on a small trained model: dense, SVG, AdaSpa and Auto; writes output/demo/
 # make test   the tests
 # make nightly  the tests of made-up runs and of random kernel calls, on 10,000 runs and 20,600 calls that no night before has tried
 # make schemas  after a change of a node: what saved workflows rely on of it (tests/snapshots), and its English words (locales/en)

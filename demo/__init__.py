@@ -1,1 +1,1 @@
-"""The main job from one command: one short video three times, dense, with SVG and with AdaSpa, on a small trained model."""
+"""The main job from one command: one short video four times, dense, with SVG, with AdaSpa and with Auto, on a small trained model."""

@@ -1,7 +1,7 @@
 """One attention call of a longer video, dense against sparse: where the time goes once there is something to skip.
 
 Dense and sparse are timed in turns, so that whatever else the machine does falls on all alike. Finding a plan is timed
-apart: SVG does it at every sparse step, AdaSpa twice a run, the first time together with a dense output.
+apart: SVG does it at every sparse step, AdaSpa twice a run and Auto once, the first time together with a dense output.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def make_tensors(layout: VideoLayout = LAYOUT, seed: int = 0) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Planned:
-    """A method's plan for one call. Seconds: planning, as often as `planning_steps` of a run; searching: AdaSpa's warm-up
-    steps, `searching_steps` of them, with their dense outputs."""
+    """A method's plan for one call. Seconds: planning, as often as `planning_steps` of a run, for Auto checking what came out; searching: the
+    warm-up steps that a search is in, `searching_steps` of them, with their dense outputs."""
 
     plan: SparsePlan
     sparsity: float
@@ -74,8 +74,7 @@ def measure(layout: VideoLayout = LAYOUT, steps: int = 20, tick: Callable[[], An
     def attend(name: str) -> Tensor:
         if name == "dense":
             return F.scaled_dot_product_attention(q, k, v)
-        plan = plans[name].plan
-        return kernels.block_sparse_attention(q, k, v, plan.mask, q_order=plan.q_order, k_order=plan.k_order)
+        return _attend(plans[name].plan, q, k, v)
 
     seconds, outputs = {run.name: [] for run in RUNS}, {}
     for _ in range(REPEATS):
@@ -89,6 +88,12 @@ def measure(layout: VideoLayout = LAYOUT, steps: int = 20, tick: Callable[[], An
         "dense_seconds": medians["dense"],
         "methods": {name: _row(found, steps, medians[name], medians["dense"], outputs[name], outputs["dense"]) for name, found in plans.items()},
     }
+
+
+def _attend(plan: SparsePlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A sparse call, with what each of them makes anew."""
+    pooled = None if plan.pooled is None else kernels.pool_blocks(k, v, plan.mask.block_k, k_order=plan.k_order)
+    return kernels.block_sparse_attention(q, k, v, plan.mask, q_order=plan.q_order, k_order=plan.k_order, pooled=pooled)
 
 
 def count_ticks() -> int:
@@ -110,11 +115,18 @@ def _plan(run: Run, q: Tensor, k: Tensor, v: Tensor, layout: VideoLayout, steps:
     searches = len(searching_steps) > 0
     if not searches:
         plan(schedule.warmup)  # what is made once a run
-    again = schedule.refresh_at if searches else schedule.warmup + 1
+    observe = getattr(run.method, "observe", None)
+    # Auto searches anew where it has drifted, which tensors that stay the same do not: it only looks at what comes out.
+    again = schedule.refresh_at if searches and not observe else schedule.warmup + 1
     planning, found = _timed(lambda: plan(again))
-    density = float(session.state(AttentionCall(q, k, v, layout, 0, again, "call")).figures.density.mean())
+    call = AttentionCall(q, k, v, layout, 0, again, "call")
+    density = float(session.state(call).figures.density.mean())
+    if observe:
+        out = _attend(found, q, k, v)
+        planning, _ = _timed(lambda: observe(call, session.config, session.state(call), out))
     session.end()
-    return Planned(found, 1 - density, planning, 1 if searches else steps - schedule.warmup, searching, len(searching_steps))
+    every_step = not searches or observe is not None
+    return Planned(found, 1 - density, planning, steps - schedule.warmup if every_step else 1, searching, len(searching_steps))
 
 
 def _schedule(run: Run, steps: int) -> Schedule:

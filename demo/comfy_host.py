@@ -1,6 +1,6 @@
 """The host of a machine with ComfyUI: that ComfyUI without a window, in a temporary base directory, through its HTTP API.
 
-The graph is graph.json; the three runs differ in its patch node. ComfyUI's own models, outputs and custom nodes are not touched.
+The graph is graph.json; the runs differ in its patch node. ComfyUI's own models, outputs and custom nodes are not touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from comfy_server import ComfyServer  # tools/, put on the path by run.py
 from safetensors.torch import load_file
 
 from .clips import CLIPS_FILE, MODEL_FILE
-from .runs import RUNS, SETTINGS, Job, OnStep, Outcome, Run, dense_record
+from .runs import RUNS, Job, OnStep, Outcome, Run, dense_record
 
 HERE = Path(__file__).resolve().parent
 _GRAPH = json.loads((HERE / "graph.json").read_text())
@@ -136,7 +136,7 @@ def make_graph(run: Run, job: Job | None = None) -> dict:
     for node in ("watch", "save"):
         graph[node]["inputs"]["name"] = run.name
     if run.node:
-        graph["patch"] = {"class_type": run.node, "inputs": {"model": ["shift", 0], **SETTINGS}}
+        graph["patch"] = {"class_type": run.node, "inputs": {"model": ["shift", 0], **run.settings}}
     else:
         graph["watch"]["inputs"]["model"] = graph["patch"]["inputs"]["model"]
         del graph["patch"], graph["report"], graph["save"]["inputs"]["record"]

@@ -101,7 +101,7 @@ class EmbeddedHost:
                 session.record.step = session.schedule.step_of(sigma)
             out = self._predict(job, x, sigma)
             if session:
-                session.record.flush()
+                session.flush()
             on_step(step + 1, session.record.run_sparsity if session else 0.0)
             return out
 

@@ -27,8 +27,8 @@ from pack.demo.other_work import MUCH, OtherWork  # noqa: E402
 from pack.demo.runs import RUNS, Host, Job, Outcome, Run  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-_DESCRIPTION = """Generates the same short video three times with a small trained Wan image-to-video model on the CPU: dense, with SVG and
-with AdaSpa. Prints how much attention was skipped, the seconds and how near each is to the dense video; times one longer attention
+_DESCRIPTION = """Generates the same short video four times with a small trained Wan image-to-video model on the CPU: dense, with SVG, with AdaSpa
+and with Auto. Prints how much attention was skipped, the seconds and how near each is to the dense video; times one longer attention
 call; and writes a video for each run, a side-by-side picture and report.json."""
 
 
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "folder lies in, started without a window by COMFYUI_PYTHON or by the venv in its folder. auto: comfyui where there is one, else embedded",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps, 2 or more (default 20, what the model is judged at)")
-    parser.add_argument("--clips", type=int, default=2, help=f"how many real clips to continue, 1 to {len(ORDER)}, in one batch (default 2)")
+    parser.add_argument("--clips", type=int, default=1, help=f"how many real clips to continue, 1 to {len(ORDER)}, in one batch (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise and of SVG's sampled rows (default 0)")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", metavar="DIR", help="where to write (default output/demo)")
     options = parser.parse_args(arguments)
@@ -127,11 +127,11 @@ def write_files(folder: Path, job: Job, outcomes: dict[str, Outcome], report: di
 
 
 def print_runs(report: dict, job: Job) -> None:
-    """The table of the three runs, and what to make of it."""
+    """The table of the four runs, and what to make of it."""
     rows = []
     for run, entry in zip(RUNS, report["runs"], strict=True):
         rows.append([
-            run.title, f"{entry['asked_sparsity']:.2f}", f"{entry['achieved_sparsity']:.3f}", f"{entry['run_sparsity']:.3f}",
+            run.title, _asked(entry), f"{entry['achieved_sparsity']:.3f}", f"{entry['run_sparsity']:.3f}",
             f"{entry['seconds']:.1f}", "-" if entry["psnr_db"] is None else f"{entry['psnr_db']:.2f}", f"{entry['ssim']:.3f}", f"{entry['frames']}",
         ])
     heads = ["run", "asked", "achieved", "whole run", "seconds", "PSNR dB", "SSIM", "frames"]
@@ -140,12 +140,17 @@ def print_runs(report: dict, job: Job) -> None:
     print(measures.table(heads, rows))
     print(
         "\nachieved: skipped share of query-key pairs, mean over the calls that ran sparse; whole run: over all, with the dense warm-up."
-        "\nPSNR and SSIM: against the dense run's frames."
+        "\nPSNR and SSIM: against the dense run's frames. Auto is asked for an error of attention, and skips what that leaves."
         f"\n{gain(report['runs'])} The dense warm-up, finding what to keep and all"
         "\nwork that is not attention take what they take: a short video has less to gain than a longer one, which the next table is about."
     )
     for note in dict.fromkeys(note for entry in report["runs"] for note in entry["notes"]):
         print(f"Note: {note}.")
+
+
+def _asked(entry: dict) -> str:
+    """What a run was asked for: a share to skip, or the most that it may be off."""
+    return f"off {entry['asked_error']:.2f}" if entry["asked_sparsity"] is None else f"{entry['asked_sparsity']:.2f}"
 
 
 def gain(runs: list[dict]) -> str:
@@ -155,7 +160,7 @@ def gain(runs: list[dict]) -> str:
     for run, seconds in zip(RUNS[1:], sparse, strict=True):
         change = round(100 * (seconds / dense - 1))
         parts.append(f"{run.title} took " + (f"{abs(change)}% {'less' if change < 0 else 'more'} time" if change else "as long"))
-    return f"Against the dense run, {' and '.join(parts)}."
+    return f"Against the dense run, {', '.join(parts[:-1])} and {parts[-1]}."
 
 
 def print_call(call: dict) -> None:
@@ -169,12 +174,14 @@ def print_call(call: dict) -> None:
         ])
     print(f"\nOne attention call: {call['layout']} = {call['tokens']} tokens, {call['heads']} heads of {call['head_dim']}, {call['dtype']}\n")
     print(measures.table(["run", "sparsity", "seconds", "speed-up", "planning", "in steps", "in a run"], rows))
-    adaspa = call["methods"]["adaspa"]
+    adaspa, auto = call["methods"]["adaspa"], call["methods"]["auto"]
     steps = {1: "in the last warm-up step, takes"}.get(adaspa["searching_steps"], "in the last two warm-up steps, takes")
     print(
-        f"\nseconds: median of {call['repeats']}, dense and sparse in turns. planning: seconds to choose what to keep, apart from that."
+        f"\nseconds: median of {call['repeats']}, dense and sparse in turns. planning: seconds to choose what to keep, apart from that; for Auto to"
+        "\ncheck what came out."
         f"\nin a run: this layer's speed-up over {call['steps']} steps, with the dense warm-up and all planning."
-        f"\nAdaSpa's first search, {steps} {adaspa['searching_seconds']:.2f} s, which makes the dense output too."
+        f"\nAdaSpa's first search, {steps} {adaspa['searching_seconds']:.2f} s, and Auto's {auto['searching_seconds']:.2f} s; both make the dense"
+        "\noutput too."
     )
 
 

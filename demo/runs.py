@@ -1,9 +1,9 @@
-"""The three runs, what each is asked for, and what a host hands back."""
+"""The four runs, what each is asked for, and what a host hands back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.config import MethodConfig
 from ..attention.layout import VideoLayout
-from ..attention.methods import adaspa, svg
+from ..attention.methods import adaspa, auto, svg
 from ..attention.record import RunRecord
 from .clips import Clips
 
@@ -26,22 +26,27 @@ SETTINGS = {"min_tokens": 0}
 
 @dataclass(frozen=True)
 class Run:
-    """One of the three. name: of its file. method: a module of attention.methods, None for dense. node: the patch node's id in ComfyUI."""
+    """One of the four. name: of its file. method: a module of attention.methods, None for dense. node: the patch node's id in ComfyUI.
+
+    settings: of the method's config, and inputs of the node.
+    """
 
     name: str
     title: str
     method: ModuleType | None = None
     node: str | None = None
+    settings: Mapping[str, object] = field(default_factory=lambda: SETTINGS, hash=False)
 
     @property
     def config(self) -> MethodConfig | None:
-        return self.method.CONFIG(**SETTINGS) if self.method else None
+        return self.method.CONFIG(**self.settings) if self.method else None
 
 
 RUNS = (
     Run("dense", "dense"),
     Run("svg", "SVG", svg, "SparseAttentionPatchSVG"),
     Run("adaspa", "AdaSpa", adaspa, "SparseAttentionPatchAdaSpa"),
+    Run("auto", "Auto", auto, "SparseAttentionPatchAuto"),
 )
 
 

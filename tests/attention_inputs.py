@@ -24,7 +24,7 @@ class _Catcher(SparseSelfAttention):
 
 @torch.inference_mode()
 def trained_qkv(sigma: float) -> tuple[VideoLayout, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """What each layer of the demo's model attends with, float32 [1, 4, 2304, 64], on a clip with so much noise on it."""
+    """What each layer of the demo's model attends with, float32 [1, 4, 4992, 64], on a clip with so much noise on it."""
     host, job = EmbeddedHost(), Job(load_clips(1), 4, 0)
     clean, caught = job.clips.latents, []
     for layer, block in enumerate(host.model.blocks):

@@ -21,7 +21,7 @@ from pack.demo.runs import RUNS, Job
 
 
 def _small(clips: Clips) -> Clips:
-    """A quarter of the picture: 576 tokens."""
+    """A part of the picture: 832 tokens."""
     return Clips(clips.latents[..., 8:24, 8:24], clips.text, clips.names, clips.numbers)
 
 
@@ -46,7 +46,7 @@ def test_records_count_every_call(outcomes):
     for run in RUNS:
         record = done[run.name].record
         assert record["sparse_calls"] + record["dense_calls"] == job.steps * 6
-        assert record["tokens"] == 9 * 8 * 8
+        assert record["tokens"] == 13 * 8 * 8
         assert record["outcome"] == "finished"
         json.dumps(record)
     assert done["dense"].record["method"] == "dense" and done["dense"].record["achieved_sparsity"] == 0
@@ -59,7 +59,7 @@ def test_records_count_every_call(outcomes):
 def test_the_sparse_videos_are_near_the_dense_one_but_not_it(outcomes):
     _, done, _ = outcomes
     dense = done["dense"].latents
-    for name in ("svg", "adaspa"):
+    for name in ("svg", "adaspa", "auto"):
         assert 0 < float((done[name].latents - dense).norm() / dense.norm()) < 0.8
 
 
@@ -74,10 +74,11 @@ def test_a_run_leaves_nothing_behind():
 
 def test_graphs_differ_in_the_patch_alone():
     job = Job(load_clips(2), 7, 5)
-    dense, svg, adaspa = (comfy_host.make_graph(run, job) for run in RUNS)
+    dense, svg, adaspa, auto = (comfy_host.make_graph(run, job) for run in RUNS)
     assert "patch" not in dense and "report" not in dense and dense["watch"]["inputs"]["model"] == ["shift", 0]
     assert svg["patch"]["class_type"] == "SparseAttentionPatchSVG" and adaspa["patch"]["class_type"] == "SparseAttentionPatchAdaSpa"
-    for graph in (dense, svg, adaspa):
+    assert auto["patch"]["class_type"] == "SparseAttentionPatchAuto"
+    for graph in (dense, svg, adaspa, auto):
         links = [value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
         assert set(links) <= set(graph)
         assert graph["sampler"]["inputs"]["steps"] == 7 and graph["sampler"]["inputs"]["seed"] == 5
@@ -112,13 +113,14 @@ def test_the_call_is_measured_whole():
     call = attention_call.measure(VideoLayout(6, 12, 12), 5, lambda: ticks.append(None))
     assert len(ticks) == attention_call.count_ticks()
     assert (call["tokens"], call["steps"]) == (864, 5)
-    assert [entry["run_steps"] for entry in call["methods"].values()] == [5, 5]
+    assert [entry["run_steps"] for entry in call["methods"].values()] == [5, 5, 5]
     for entry in call["methods"].values():
         assert 0 < entry["sparsity"] < 1 and entry["seconds"] > 0 and entry["run_seconds"] > 0
         assert 0 < entry["relative_error"] < 1
     # Of 5 steps one is warm-up, which AdaSpa's first search takes part in; SVG plans at each of the others, AdaSpa once more.
-    svg, adaspa = call["methods"]["svg"], call["methods"]["adaspa"]
-    assert (svg["planning_steps"], adaspa["planning_steps"]) == (4, 1)
+    svg, adaspa, auto = call["methods"].values()
+    assert (svg["planning_steps"], adaspa["planning_steps"], auto["planning_steps"]) == (4, 1, 4)
+    assert (svg["searching_steps"], adaspa["searching_steps"], auto["searching_steps"]) == (0, 1, 1)
     assert svg["run_seconds"] == pytest.approx(call["dense_seconds"] + 4 * (svg["planning_seconds"] + svg["seconds"]))
     assert adaspa["run_seconds"] == pytest.approx(adaspa["searching_seconds"] + adaspa["planning_seconds"] + 4 * adaspa["seconds"])
     assert svg["run_speed_up"] == pytest.approx(5 * call["dense_seconds"] / svg["run_seconds"])
@@ -166,8 +168,8 @@ def test_an_output_folder_that_cannot_be_written_ends_the_demo_before_it_begins(
 @pytest.mark.parametrize(
     "seconds, words",
     [
-        ((16.0, 16.0, 12.0), "Against the dense run, SVG took as long and AdaSpa took 25% less time."),
-        ((10.0, 13.0, 5.0), "Against the dense run, SVG took 30% more time and AdaSpa took 50% less time."),
+        ((16.0, 16.0, 12.0, 8.0), "Against the dense run, SVG took as long, AdaSpa took 25% less time and Auto took 50% less time."),
+        ((10.0, 13.0, 5.0, 9.0), "Against the dense run, SVG took 30% more time, AdaSpa took 50% less time and Auto took 10% less time."),
     ],
 )
 def test_the_gain_is_told_as_it_was_measured(command, seconds, words):

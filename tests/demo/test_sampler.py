@@ -57,4 +57,4 @@ def test_the_model_is_given_the_first_frame_and_nothing_else():
 def test_few_clips_are_of_different_sources():
     some = clips.load_clips(3)
     assert len({name.split("@")[0] for name in some.names}) == 3
-    assert some.latents.shape == (3, 16, 9, 32, 32) and some.text.shape == (3, 8, 64)
+    assert some.latents.shape == (3, 16, 13, 32, 48) and some.text.shape == (3, 8, 64)
