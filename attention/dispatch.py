@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import traceback
+from dataclasses import fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import BlockMask, SparsePlan, TokenOrder
+from ..kernels import BlockMask, PooledBlocks, SparsePlan, TokenOrder
 from .budget import BLOCK_K, BLOCK_Q
 from .call import AttentionCall, Dense
 from .config import MethodConfig
@@ -21,6 +23,7 @@ from .session import Session
 # "cpu": measured, benchmarks/results/cpu_min_tokens.md. "gpu": not measured yet; low enough to leave no video out.
 MIN_TOKENS = {"cpu": 4096, "gpu": 4096}
 _log = logging.getLogger("sparse_video_attention")
+_OfHeads = TypeVar("_OfHeads", BlockMask, TokenOrder, PooledBlocks)
 
 
 def least_tokens(config: MethodConfig, device: torch.device) -> int:
@@ -77,6 +80,8 @@ def _plan_and_run(call: AttentionCall, session: Session) -> Tensor | Dense:
     if isinstance(plan, Dense):
         return plan
     out = _run(call, plan, session)
+    if observe := getattr(session.method, "observe", None):
+        observe(call, session.config, state, out)
     if session.record.wants_picture(call):
         rows = picture_rows(call.layout).to(call.q.device)
         session.record.picture(call, kernels.kept_pairs(plan, rows, rows, (*call.q.shape[:3], call.k.shape[2])))
@@ -208,17 +213,19 @@ def _in_chunks(call: AttentionCall, plan: SparsePlan, session: Session, precisio
 
 
 def _kernel(call: AttentionCall, plan: SparsePlan, backend: str, precision: str, heads: slice) -> Tensor:
-    mask, q_order, k_order = (_heads_of(part, call.q.shape, heads) for part in (plan.mask, plan.q_order, plan.k_order))
+    mask, q_order, k_order, pooled = (_heads_of(part, call.q.shape, heads) for part in (plan.mask, plan.q_order, plan.k_order, plan.pooled))
     return kernels.block_sparse_attention(
         call.q[:, heads], call.k[:, heads], call.v[:, heads], mask, q_order=q_order, k_order=k_order,
-        scale=call.scale, key_bias=call.key_bias, backend=backend, precision=precision,
+        scale=call.scale, key_bias=call.key_bias, backend=backend, precision=precision, pooled=pooled,
     )
 
 
-def _heads_of(part: BlockMask | TokenOrder | None, shape: torch.Size, heads: slice) -> BlockMask | TokenOrder | None:
-    """The mask or order of some heads, as a view."""
+def _heads_of(part: _OfHeads | None, shape: torch.Size, heads: slice) -> _OfHeads | None:
+    """What a plan says of some heads, as a view."""
     if part is None or heads == slice(None):
         return part
+    if isinstance(part, PooledBlocks):
+        return PooledBlocks(*(getattr(part, field.name)[:, heads] for field in fields(part)))
     part = part.expand(shape[0], shape[1])
     if isinstance(part, TokenOrder):
         return part.for_heads(part.head_order[:, heads])

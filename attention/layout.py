@@ -75,6 +75,34 @@ def tile_major(rows: Tensor, tile: tuple[int, int, int] = TILE) -> Tensor:
     return rows.flatten()[key.flatten().argsort()]
 
 
+def hilbert(rows: Tensor) -> Tensor:
+    """Video rows [frames, height, width] as one list along a Hilbert curve: every step of a full cube goes to a neighbour.
+
+    The curve is that of the smallest cube of a power of two; what lies outside of the video is left out of it. From the coordinates
+    to the place on the curve by J. Skilling, Programming the Hilbert curve (AIP Conference Proceedings 707, 2004).
+    """
+    axes = list(torch.meshgrid(*(torch.arange(size, device=rows.device) for size in rows.shape), indexing="ij"))
+    bits = max(1, (max(rows.shape) - 1).bit_length())
+    for bit in reversed(range(1, bits)):
+        low = (1 << bit) - 1
+        for axis in range(3):
+            turned = (axes[axis] >> bit) & 1 == 1
+            swap = torch.where(turned, 0, (axes[0] ^ axes[axis]) & low)
+            axes[0] = torch.where(turned, axes[0] ^ low, axes[0] ^ swap)
+            if axis:
+                axes[axis] = axes[axis] ^ swap
+    for axis in (1, 2):
+        axes[axis] = axes[axis] ^ axes[axis - 1]
+    turned = torch.zeros_like(axes[2])
+    for bit in range(1, bits):
+        turned ^= torch.where((axes[2] >> bit) & 1 == 1, (1 << bit) - 1, 0)
+    place = torch.zeros_like(turned)
+    for bit in reversed(range(bits)):
+        for axis in axes:
+            place = place << 1 | ((axis ^ turned) >> bit) & 1
+    return rows.flatten()[place.flatten().argsort()]
+
+
 def in_sections(sections: list[Tensor], block: int) -> Tensor:
     """Sections of tensor rows, one after the other, each padded with -1 to a block's edge: int32 [P].
 

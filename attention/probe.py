@@ -65,7 +65,9 @@ class ProbeConfig:
             parse_sparsities(self.sparsities)
 
     def rungs(self, asked: float) -> tuple[float, ...]:
-        """The sparsities to measure beside `asked`, the highest first."""
+        """The sparsities to measure beside `asked`, the highest first; none beside one that is below 0, which follows from something else."""
+        if asked < 0:
+            return ()
         if self.sparsities.strip() != AUTOMATIC_SPARSITIES:
             return tuple(value for value in parse_sparsities(self.sparsities) if value != asked)
         step = min((1 - asked) / 2, asked / 3)
@@ -110,8 +112,9 @@ def relative_errors(sparse: Tensor, dense: Tensor) -> Tensor:
 class ProbeRecord:
     """What a probed run found, in numbers alone.
 
-    sparsities: those measured, the run's own first. achieved: the share that each skipped in fact, mean over the calls that were measured;
-    known once the run has ended. Where what is always kept leaves no room for more, as in short videos, several are the same.
+    sparsities: those measured, the run's own first; below 0 where it follows from a fidelity, and is the only one then.
+    achieved: the share that each skipped in fact, mean over the calls that were measured; known once the run has ended. Where what is
+    always kept leaves no room for more, as in short videos, several are the same.
     """
 
     def __init__(self, config: ProbeConfig, sparsities: tuple[float, ...], layers: int | None, dense_layers: str):
@@ -197,11 +200,16 @@ def suggest(record: ProbeRecord, max_error: float) -> Suggestion:
 def _notes(record: ProbeRecord, measured: list[LayerKey], bad: set[int], max_error: float) -> list[str]:
     notes = [] if record.why is None else [f"probing ended early: {record.why}"]
     if bad >= {number for number, _ in measured}:
-        notes.append(f"no measured sparsity keeps a probed layer at or under {max_error:g}: allow a larger error, or measure lower sparsities")
+        if record.sparsities[0] < 0:
+            notes.append(f"no probed layer stays at or under {max_error:g}: allow a larger error, or raise the patch's fidelity")
+        else:
+            notes.append(f"no measured sparsity keeps a probed layer at or under {max_error:g}: allow a larger error, or measure lower sparsities")
     left = set(range(record.layers or 0)) - {number for number, _ in measured} - _dense_already(record)
     if left:
         notes.append(f"{len(left)} of {record.layers} layers were not measured and are left sparse")
-    if len(record.sparsities) == 1:
+    if record.sparsities[0] < 0:
+        notes.append("how much is skipped follows from the patch's fidelity, which is kept: it alone was measured")
+    elif len(record.sparsities) == 1:
         notes.append("only the patch's own sparsity was measured, so it is kept")
     lost = len(record.by_layer()) - len(measured)
     if lost:
@@ -272,7 +280,7 @@ class Probe:
             for (rung, layer, errors), flat in zip(items, values, strict=True):
                 self.record.add(rung, layer, flat.view(errors.shape).double().mean(0).tolist())
         for rung in self._rungs:
-            rung.record.flush()
+            rung.flush()
 
     def end(self) -> ProbeRecord:
         """Frees every tensor and returns what was found."""

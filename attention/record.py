@@ -37,12 +37,14 @@ LayerKey = tuple[int, str]
 class Figures:
     """What is worth telling about one sparse call, each [B, H], on any device.
 
-    density: the computed share of pairs. temporal: SVG's head types. recall: AdaSpa's kept share of softmax mass.
+    density: the computed share of pairs. temporal: SVG's head types. recall: AdaSpa's kept share of softmax mass. error: Auto's
+    measured relative L2 against dense attention, on a sample of rows.
     """
 
     density: Tensor
     temporal: Tensor | None = None
     recall: Tensor | None = None
+    error: Tensor | None = None
 
 
 def name_of_layer(layer: LayerKey) -> str:
@@ -109,9 +111,10 @@ class RunRecord:
         self._steps: Counter[tuple[int, str]] = Counter()
         self.notes: list[str] = []
         self.step = 0
-        self._sparsity = _Mean()
+        self._sparsity, self._error = _Mean(), _Mean()
+        self._errors: dict[tuple[int, LayerKey], _Mean] = defaultdict(_Mean)
         self._cells: dict[tuple[int, LayerKey], _Mean] = defaultdict(_Mean)
-        self._heads: dict[str, dict[LayerKey, list[_Mean]]] = {name: {} for name in ("sparsity", "temporal", "recall")}
+        self._heads: dict[str, dict[LayerKey, list[_Mean]]] = {name: {} for name in ("sparsity", "temporal", "recall", "error")}
         self._pending: list[tuple[int, LayerKey, Tensor, str]] = []
         self._pictures: dict[LayerKey, Tensor | _Bits] = {}
         self._marks: list[tuple[str, LayerKey | None, Mark, Mark]] = []
@@ -119,8 +122,21 @@ class RunRecord:
         self._lock = threading.Lock()
 
     @property
-    def asked_sparsity(self) -> float:
-        return self.config.sparsity if self.config else 0.0
+    def asked_sparsity(self) -> float | None:
+        """What the person set; None where the share is what something else leaves, as Auto's fidelity."""
+        if self.config is None:
+            return 0.0
+        return self.config.sparsity if self.config.sparsity >= 0 else None
+
+    @property
+    def asked_error(self) -> float | None:
+        """The relative L2 error that sparse calls may have; None where a share to skip was asked for."""
+        return round(1 - self.config.fidelity, 6) if self.asked_sparsity is None else None
+
+    @property
+    def measured_error(self) -> float | None:
+        """The relative L2 error against dense attention, mean over the sparse calls that were measured; None where none was."""
+        return self._error.value if self._error.count else None
 
     @property
     def achieved_sparsity(self) -> float:
@@ -157,7 +173,7 @@ class RunRecord:
 
     def sparse(self, call: AttentionCall, figures: Figures) -> None:
         """A call ran sparse, with these figures."""
-        named = (("sparsity", figures.density), ("temporal", figures.temporal), ("recall", figures.recall))
+        named = (("sparsity", figures.density), *((name, getattr(figures, name)) for name in ("temporal", "recall", "error")))
         with self._lock:
             self.sparse_calls += 1
             self._steps[call.step, "sparse"] += 1
@@ -231,6 +247,13 @@ class RunRecord:
         with self._lock:
             self._pictures.clear()
 
+    def measured(self, step: int, layer: LayerKey, error: float) -> None:
+        """A sparse call was compared with dense attention: its relative L2 error, over all heads."""
+        if math.isfinite(error):
+            with self._lock:
+                self._error.add(error)
+                self._errors[step, layer].add(error)
+
     def searched(self, step: int) -> None:
         with self._lock:
             self.searches[step] += 1
@@ -282,17 +305,18 @@ class RunRecord:
         """What the rows of by_layer_and_step are called: "0", "1", then such as "0 vace"."""
         return [name_of_layer(layer) for layer in self._layers()]
 
-    def by_layer_and_step(self) -> list[list[float | None]]:
-        """Skipped share by layer, then step; None where no call came. The rows are those of `layer_names`."""
+    def by_layer_and_step(self, name: str = "sparsity") -> list[list[float | None]]:
+        """Skipped share, or measured "error", by layer, then step; None where no call came. The rows are those of `layer_names`."""
         steps = max(self.steps, max((step for step, _ in self._cells), default=-1) + 1)
+        cells = self._errors if name == "error" else self._cells
 
         def value(step: int, layer: LayerKey) -> float | None:
-            return round(self._cells[step, layer].value, 6) if (step, layer) in self._cells else None
+            return round(cells[step, layer].value, 6) if (step, layer) in cells else None
 
         return [[value(step, layer) for step in range(steps)] for layer in self._layers()]
 
     def by_layer_and_head(self, name: str) -> dict[str, list[float | None]]:
-        """"sparsity", "temporal" (share of classifications) or "recall", by layer's name: one number a head, None where it never was one."""
+        """"sparsity", "temporal" (share of classifications), "recall" or "error", by layer's name: one number a head, None where it never was one."""
         rows = sorted(self._heads[name].items(), key=lambda row: (row[0][1], row[0][0]))
         return {name_of_layer(layer): [round(mean.value, 6) if mean.count else None for mean in means] for layer, means in rows}
 
@@ -309,7 +333,8 @@ class RunRecord:
         self.flush(wait=True)
         data = {
             "schema": SCHEMA, "method": self.method, "model": self.model, "automatic_settings": self.automatic, "outcome": self.outcome,
-            "asked_sparsity": self.asked_sparsity, "achieved_sparsity": round(self.achieved_sparsity, 6), "run_sparsity": round(self.run_sparsity, 6),
+            "asked_sparsity": self.asked_sparsity, "asked_error": self.asked_error,
+            "achieved_sparsity": round(self.achieved_sparsity, 6), "run_sparsity": round(self.run_sparsity, 6),
             "sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls, "reasons": dict(self.reasons),
             "tokens": self.layout.seq_len if self.layout else None, "layout": asdict(self.layout) if self.layout else None,
             "steps": self.steps, "warmup_steps": self.warmup, "layers": self.layers, "seed": self.seed, "backend": self.backend,
@@ -317,7 +342,10 @@ class RunRecord:
             "config": asdict(self.config) if self.config else None,
             "layer_names": self.layer_names(), "sparsity_by_layer_and_step": self.by_layer_and_step(),
         }
-        for name, key in (("sparsity", "sparsity"), ("temporal", "temporal_share"), ("recall", "recall")):
+        for name, key in (("sparsity", "sparsity"), ("temporal", "temporal_share"), ("recall", "recall"), ("error", "error")):
             if self._heads[name]:
                 data[f"{key}_by_layer_and_head"] = self.by_layer_and_head(name)
+        if self.measured_error is not None:
+            data["measured_error"] = round(self.measured_error, 6)
+            data["error_by_layer_and_step"] = self.by_layer_and_step("error")
         return data

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .call import AttentionCall, Dense
@@ -35,6 +36,8 @@ class Found:
 class LayerState:
     """One layer of one condition on one device: what its method found, and the figures of its newest plan.
 
+    unread: the step and the relative L2 error of its newest sparse call, still on the device, where its method measures it; measured: those
+    read back since `found` was found.
     A new shape of call starts it anew.
     """
 
@@ -42,6 +45,8 @@ class LayerState:
     shape: tuple
     found: Found | None = None
     figures: Figures | None = None
+    unread: tuple[int, Tensor] | None = None
+    measured: tuple[float, ...] = ()
 
 
 @dataclass
@@ -177,6 +182,19 @@ class Session:
             return None if self.keeping is None else self.pattern
         return self.keeping.pattern(self.method.NAME, self.record.model, layers, self.record.layout, asdict(self.config))
 
+    def flush(self) -> None:
+        """Between two evaluations: reads back what calls have noted, all of a device at once."""
+        self.record.flush()
+        with self._lock:
+            waiting = [(key[2:], state, *state.unread) for key, state in self._states.items() if state.unread is not None]
+            for _, state, *_ in waiting:
+                state.unread = None
+        for device in {error.device for *_, error in waiting}:
+            here = [item for item in waiting if item[3].device == device]
+            for (layer, state, step, _), error in zip(here, torch.stack([error for *_, error in here]).tolist(), strict=True):
+                state.measured = (*state.measured, error)
+                self.record.measured(step, layer, error)
+
     def note(self, sentence: str) -> None:
         """Something the person should know; said once."""
         self.record.note(sentence)
@@ -189,6 +207,7 @@ class Session:
 
     def end(self) -> RunRecord:
         """Frees every tensor of the run and returns its record."""
+        self.flush()
         self.record.flush(wait=True)
         with self._lock:
             self._states.clear()

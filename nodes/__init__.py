@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .adaspa import SparseAttentionPatchAdaSpa
+from .auto import SparseAttentionPatchAuto
 from .pattern import SparseAttentionLoadPattern, SparseAttentionSavePattern
 from .probe import SparseAttentionProbe, SparseAttentionProbeResults
 from .report import SparseAttentionReport
@@ -11,6 +12,7 @@ from .svg import SparseAttentionPatchSVG
 NODES: list[type[io.ComfyNode]] = [
     SparseAttentionPatchSVG,
     SparseAttentionPatchAdaSpa,
+    SparseAttentionPatchAuto,
     SparseAttentionReport,
     SparseAttentionProbe,
     SparseAttentionProbeResults,

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.methods import adaspa
-from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, told_its_id
+from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, sparsity_input, told_its_id
 from .patch import install
 
 
@@ -25,8 +25,8 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
             search_aliases=ALIASES,
             inputs=[
                 model_input(),
+                sparsity_input(adaspa.CONFIG),
                 *common_inputs(
-                    adaspa.CONFIG,
                     "How often blocks are searched anew. -1: once more, at about 60 percent of the run (the paper). 0: never. "
                     "N: every N steps; more often follows the video more closely and costs more.",
                     " The search is in the last of them, so 0 means 1.",
@@ -40,6 +40,12 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
                         "token_order", options=["raster", "tile"], default=adaspa.CONFIG.token_order, optional=True, advanced=True,
                         tooltip="How tokens are put into blocks. tile: compact boxes in time, height and width. "
                         "raster: runs of a line, as in the paper.",
+                    ),
+                ], [
+                    io.Combo.Input(
+                        "skipped_blocks", options=list(adaspa.SKIPPED_BLOCKS), default=adaspa.CONFIG.skipped_blocks, optional=True, advanced=True,
+                        tooltip="What becomes of skipped blocks. mean: each still counts as one token, its mean, which costs little and stays closer "
+                        "to the dense video. drop: they are left out altogether, as in the paper.",
                     ),
                 ]),
             ],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ..attention.config import AUTOMATIC, BACKEND_CHOICES, MOST_SPARSITY, PRECISION_CHOICES, MethodConfig
 from ..attention.dispatch import MIN_TOKENS
 
 CATEGORY = "model/patch"
-ALIASES = ["sparse attention", "SVG", "Sparse VideoGen", "AdaSpa", "sparse video", "video attention", "faster video"]
+ALIASES = ["sparse attention", "SVG", "Sparse VideoGen", "AdaSpa", "sparse video", "video attention", "faster video", "auto sparse attention"]
 _MANY = 10_000
 # The automatic min_tokens, in words; one number where all devices have the same.
 _LEAST_TOKENS = " or ".join(f"{tokens:,}" for tokens in sorted(set(MIN_TOKENS.values())))
@@ -27,14 +29,17 @@ def model_input() -> io.Input:
     return io.Model.Input("model", tooltip="A video diffusion model. LoRAs, shifts and caches may stand on either side of this node.")
 
 
-def common_inputs(defaults: type[MethodConfig], refresh_way: str, warmup_extra: str = "") -> list[io.Input]:
-    """Sparsity, warm-up and refresh."""
+def sparsity_input(defaults: type[MethodConfig]) -> io.Input:
+    return io.Float.Input(
+        "sparsity", default=defaults.sparsity, min=float(AUTOMATIC), max=MOST_SPARSITY, step=0.01, optional=True,
+        tooltip="The share of attention that is skipped. Up: faster, and further from the dense video. Down: slower and closer. 0 skips nothing. "
+        "-1: automatic, what suits the model, gentler for small ones.",
+    )
+
+
+def common_inputs(refresh_way: str, warmup_extra: str = "") -> list[io.Input]:
+    """Warm-up and refresh, which come after the method's own measure of how much is skipped."""
     return [
-        io.Float.Input(
-            "sparsity", default=defaults.sparsity, min=float(AUTOMATIC), max=MOST_SPARSITY, step=0.01, optional=True,
-            tooltip="The share of attention that is skipped. Up: faster, and further from the dense video. Down: slower and closer. 0 skips nothing. "
-            "-1: automatic, what suits the model, gentler for small ones.",
-        ),
         io.Int.Input(
             "warmup_steps", default=-1, min=-1, max=_MANY, step=1, optional=True,
             tooltip="How many first steps stay dense. They fix the composition. Up: closer to the dense video, less gain. "
@@ -44,8 +49,8 @@ def common_inputs(defaults: type[MethodConfig], refresh_way: str, warmup_extra: 
     ]
 
 
-def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[io.Input]:
-    """What most people leave alone; `own` are the method's."""
+def advanced_inputs(defaults: type[MethodConfig], own: Sequence[io.Input] = (), newest: Sequence[io.Input] = ()) -> list[io.Input]:
+    """What most people leave alone; `own` are the method's, `newest` those that it got after it was released."""
     return [
         io.String.Input(
             "dense_layers", default=defaults.dense_layers, optional=True, advanced=True,
@@ -79,4 +84,5 @@ def advanced_inputs(defaults: type[MethodConfig], own: list[io.Input]) -> list[i
             "fp8: that product and weights times values in FP8, on GPUs that have it. Both are a little less exact. Where one cannot run, "
             "the model's own precision is used and the node says why.",
         ),
+        *newest,
     ]

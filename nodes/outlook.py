@@ -109,11 +109,15 @@ def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, late
             return f"{start} · no step is left for sparse attention: use more steps, or lower warmup_steps or end_steps"
         start += f" · {prospect.layers - dense_layers} of them sparse in up to {sparse_steps} of {schedule.steps} steps"
         rates = prospect.rates(config.backend)
-        gain = cost.expected_gain(prospect.step(tokens), rates, config.sparsity, schedule.steps, sparse_steps, dense_layers)
-        session.record.expected = gain
+        unknown = config.sparsity < 0  # what a fidelity leaves: the most that it could be bounds the gain
+        gain = cost.expected_gain(prospect.step(tokens), rates, 1.0 if unknown else config.sparsity, schedule.steps, sparse_steps, dense_layers)
         share = f"attention is about {gain.attention_share:.0%} of a step here"
+        if not unknown:
+            session.record.expected = gain
         if gain.high < cost.WORTH:
             return f"{start} · hardly worth it: {share}{_but(gain.attention_share, sparse_steps / schedule.steps)}"
+        if unknown:
+            return f"{start} · {share} · how much is skipped is found in the search"
         low, high = (f"{max(1.0, value):.1f}" for value in (gain.low, gain.high))
         expect = f"{low} to {high}" if low != high else f"about {high}"
         return f"{start} · {share}: expect {expect} times the speed (reckoned from the model's size and speeds measured on this device)"

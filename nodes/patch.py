@@ -273,7 +273,7 @@ def _evaluate(
     session = active.session
     step = session.schedule.step_of(float(t.flatten()[0]))
     session.record.step = step
-    session.record.flush()
+    session.flush()
     if active.probe is not None:
         active.probe.flush()
     if active.status.due():

@@ -25,8 +25,8 @@ class SparseAttentionSavePattern(io.ComfyNode):
             node_id=pattern_files.SAVE_NODE,
             display_name="Save Sparse Pattern",
             category=CATEGORY,
-            description="Keeps what a run found out (SVG's kinds of head, AdaSpa's blocks) in a small file, so that later runs of the same "
-            "model, resolution and length need not look for it again. Put it between the sampler and the decoder.",
+            description="Keeps what a run found out (SVG's kinds of head, AdaSpa's and Auto's blocks) in a small file, so that later runs of the "
+            "same model, resolution and length need not look for it again. Put it between the sampler and the decoder.",
             search_aliases=["save sparse attention pattern", "sparse mask", "save head types", "save block indices"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled: the output of a sparse attention patch, or a later node's."),
@@ -94,7 +94,7 @@ class SparseAttentionLoadPattern(io.ComfyNode):
             node_id="SparseAttentionLoadPattern",
             display_name="Load Sparse Pattern",
             category=CATEGORY,
-            description="Lets a model's runs start from a saved pattern: SVG does not classify heads and AdaSpa does not search, so "
+            description="Lets a model's runs start from a saved pattern: SVG does not classify heads, AdaSpa and Auto do not search, so "
             "warmup_steps may be 0. A pattern fits the model, resolution and length that it was made with, and the same patch node.",
             search_aliases=["load sparse attention pattern", "sparse mask", "reuse head types", "reuse block indices"],
             inputs=[

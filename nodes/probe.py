@@ -50,7 +50,7 @@ class SparseAttentionProbe(io.ComfyNode):
                 io.String.Input(
                     "sparsities", default=ProbeConfig.sparsities, optional=True,
                     tooltip='Other sparsities to measure beside the patch\'s own, as "0.5, 0.6". More: a finer suggestion and a slower run. '
-                    "auto: two below the patch's own. Empty: none, and the suggestion keeps the patch's own.",
+                    "auto: two below the patch's own. Empty: none, and the suggestion keeps the patch's own. Not for the Auto patch, which has none.",
                 ),
                 io.Combo.Input(
                     "continue_with", options=list(CONTINUE_CHOICES), default=ProbeConfig.continue_with, optional=True,
@@ -99,7 +99,7 @@ class SparseAttentionProbeResults(io.ComfyNode):
                 io.String.Output(display_name="table", tooltip="Layer, head and error, worst first, and the suggestion in words."),
                 io.String.Output(display_name="json", tooltip="All that was measured, as JSON."),
                 io.String.Output(display_name="dense_layers", tooltip="The suggestion: connect it to dense_layers of a patch node."),
-                io.Float.Output(display_name="sparsity", tooltip="The suggestion: connect it to sparsity of a patch node."),
+                io.Float.Output(display_name="sparsity", tooltip="The suggestion: connect it to sparsity of a patch node. -1 where that has none."),
             ],
             **told_its_id(io.Hidden.prompt),
             is_output_node=True,  # so that it tells what was found with nothing after it
@@ -120,20 +120,25 @@ class SparseAttentionProbeResults(io.ComfyNode):
         text = _table(found, advice, max_error)
         host.show_text(_words(found, advice), cls.hidden.unique_id)
         data = _to_json(record, found, advice, max_error)
-        return io.NodeOutput(samples, text, json.dumps(data, indent=1), advice.dense_layers, advice.sparsity, ui={"text": (text,)})
+        return io.NodeOutput(samples, text, json.dumps(data, indent=1), advice.dense_layers, float(advice.sparsity), ui={"text": (text,)})
 
 
 def _words(found: ProbeRecord, advice: Suggestion) -> str:
     """The line on the node."""
     worst = [f"worst: layer {name_of_layer((layer, stack))}, head {head}: {error:.3f}" for layer, stack, head, error in found.worst()[:1]]
-    return " · ".join([*worst, f'suggested: dense_layers "{advice.dense_layers}", sparsity {advice.sparsity:g}', *advice.notes])
+    return " · ".join([*worst, f'suggested: dense_layers "{advice.dense_layers}"{_of_sparsity(advice)}', *advice.notes])
+
+
+def _of_sparsity(advice: Suggestion) -> str:
+    """The suggested sparsity, after the layers; nothing where the patch has none."""
+    return f", sparsity {advice.sparsity:g}" if advice.sparsity >= 0 else ""
 
 
 def _table(found: ProbeRecord, advice: Suggestion, max_error: float) -> str:
     """The suggestion and the errors as text in columns, worst first."""
     steps = ", ".join(str(step) for step in sorted(found.steps)) or "none"
     lines = [
-        f'Suggested for errors up to {max_error:g}: dense_layers "{advice.dense_layers}", sparsity {advice.sparsity:g} '
+        f'Suggested for errors up to {max_error:g}: dense_layers "{advice.dense_layers}"{_of_sparsity(advice)} '
         f"({advice.skipped:.0%} of the measured layers' attention skipped)",
         *(f"Note: {note}" for note in advice.notes),
         f"Measured: {found.calls} calls in steps {steps}; layers, heads and steps count from 0.",
@@ -142,11 +147,13 @@ def _table(found: ProbeRecord, advice: Suggestion, max_error: float) -> str:
     columns = [found.by_layer(rung) for rung in range(len(found.sparsities))]
     layers = sorted(columns[0], key=lambda layer: (-(columns[0][layer] or 0.0), layer))
     lines += ["", "mean error of each layer, by sparsity; skipped: what each came to in the measured calls"]
-    lines.append(f"{'asked':<10}" + "".join(f"{sparsity:>8g}" for sparsity in found.sparsities))
+    asked = [f"{sparsity:g}" if sparsity >= 0 else "-" for sparsity in found.sparsities]
+    lines.append(f"{'asked':<10}" + "".join(f"{text:>8}" for text in asked))
     lines += [f"{'skipped':<10}" + "".join(_figure(achieved) for achieved in found.achieved), "layer"]
     lines += [f"{name_of_layer(layer):<10}" + "".join(_figure(column.get(layer)) for column in columns) for layer in layers[:_MOST_ROWS]]
     rows = found.worst()
-    lines += ["", f"error of each head at sparsity {found.sparsities[0]:g}", f"{'layer':>5}  {'stack':<8}{'head':>5}{'error':>8}"]
+    own = f" at sparsity {found.sparsities[0]:g}" if found.sparsities[0] >= 0 else ""
+    lines += ["", f"error of each head{own}", f"{'layer':>5}  {'stack':<8}{'head':>5}{'error':>8}"]
     lines += [f"{layer:>5}  {stack or '-':<8}{head:>5}{_figure(error)}" for layer, stack, head, error in rows[:_MOST_ROWS]]
     if len(rows) > _MOST_ROWS:
         lines.append(f"... and {len(rows) - _MOST_ROWS} more heads in the JSON")
@@ -163,6 +170,9 @@ def _to_json(record: RunRecord, found: ProbeRecord, advice: Suggestion, max_erro
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 6)
 
+    def share(sparsity: float) -> float | None:
+        return sparsity if sparsity >= 0 else None
+
     def by_name(errors: dict[LayerKey, float | None]) -> dict[str, float | None]:
         return {name_of_layer(layer): rounded(error) for layer, error in errors.items()}
 
@@ -170,10 +180,10 @@ def _to_json(record: RunRecord, found: ProbeRecord, advice: Suggestion, max_erro
         "schema": SCHEMA, "method": record.method, "model": record.model, "outcome": record.outcome, "probe_ended_early": found.why,
         "max_error": max_error, "calls": found.calls, "steps": sorted(found.steps), "continue_with": found.config.continue_with,
         "suggestion": {
-            "dense_layers": advice.dense_layers, "sparsity": advice.sparsity, "skipped": rounded(advice.skipped), "notes": list(advice.notes),
+            "dense_layers": advice.dense_layers, "sparsity": share(advice.sparsity), "skipped": rounded(advice.skipped), "notes": list(advice.notes),
         },
         "sparsities": [
-            {"asked": asked, "achieved": rounded(achieved), "error_by_layer": by_name(found.by_layer(rung))}
+            {"asked": share(asked), "achieved": rounded(achieved), "error_by_layer": by_name(found.by_layer(rung))}
             for rung, (asked, achieved) in enumerate(zip(found.sparsities, found.achieved, strict=True))
         ],
         "worst": [{"layer": layer, "stack": stack, "head": head, "error": rounded(error)} for layer, stack, head, error in found.worst()],

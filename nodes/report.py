@@ -28,7 +28,7 @@ class SparseAttentionReport(io.ComfyNode):
             category=CATEGORY,
             description="Tells what the sparse attention of a run did: how much was skipped, by layer and step, why calls stayed dense, "
             "and what the method found. Put it between the sampler and the decoder.",
-            search_aliases=["sparse attention report", "sparsity report", "SVG report", "AdaSpa report"],
+            search_aliases=["sparse attention report", "sparsity report", "SVG report", "AdaSpa report", "fidelity report"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled: the output of a sparse attention patch, or a later node's."),
                 io.Latent.Input("samples", tooltip="The sampler's output; it passes through, so that the report comes after the run."),

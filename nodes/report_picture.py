@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention.record import KINDS
+from .status import percent
 
 # Lengths are points, and a point is a pixel where a node shows the picture 512 pixels wide; the picture itself has three for each.
 _WIDTH, _FINER = 512, 3
@@ -125,20 +126,35 @@ def _findings(figure, axes, data: dict) -> None:
         _name_layers(axes, list(types))
         figure.colorbar(image, ax=axes, pad=0.04, ticks=(0, 0.5, 1)).set_ticklabels(("spatial", "both", "temporal"))
     elif recall := data.get("recall_by_layer_and_head"):
-        layers, heads = range(len(recall)), [_numbers(values) for values in recall.values()]
-        known = [numbers[~numbers.isnan()] for numbers in heads]
-        spans = [(place, float(numbers.min()), float(numbers.max())) for place, numbers in zip(layers, known, strict=True) if len(numbers)]
-        width = min(6.0, 60 / len(recall))
-        for place, low, high in spans:
-            axes.plot([low, high], [place, place], color="tab:blue", alpha=0.35, linewidth=width, solid_capstyle="butt")
-        means = [float(numbers.mean()) for numbers in known]
-        axes.plot(means, layers, color="tab:blue", linestyle="none", marker="o", markersize=min(5.0, width + 1))
-        axes.set(title="Attention weight kept", xlabel="dot: mean of heads,\nbar: all heads", ylabel="layer")
-        axes.set(xlim=(-0.03, 1.03), ylim=(len(recall) - 0.5, -0.5), xticks=(0, 0.5, 1))
+        _heads_of_layers(axes, recall)
+        axes.set(title="Attention weight kept", xlabel="dot: mean of heads,\nbar: all heads", xlim=(-0.03, 1.03), xticks=(0, 0.5, 1))
         axes.set_xticklabels(("0%", "50%", "100%"))
-        _name_layers(axes, list(recall))
+    elif errors := data.get("error_by_layer_and_head"):
+        most, asked = _heads_of_layers(axes, errors), data.get("asked_error")
+        axes.set(title="Off from dense attention", xlabel="dot: mean of heads,\nbar: all heads")
+        if asked is not None:
+            axes.axvline(asked, color="black", linestyle="--", linewidth=1)
+            axes.set_xlabel("dot: mean of heads, bar:\nall; dashed: most asked")
+            most = max(most, asked)
+        axes.set_xlim(-0.03 * most, 1.12 * most or 1)
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter(lambda value, _: percent(value))
     else:
         _nothing(axes, "nothing was found")
+
+
+def _heads_of_layers(axes, found: dict[str, list[float | None]]) -> float:
+    """For each layer the mean over its heads and their range, where any is a number. Returns the largest."""
+    layers, heads = range(len(found)), [_numbers(values) for values in found.values()]
+    known = [numbers[~numbers.isnan()] for numbers in heads]
+    spans = [(place, float(numbers.min()), float(numbers.max())) for place, numbers in zip(layers, known, strict=True) if len(numbers)]
+    width = min(6.0, 60 / len(found))
+    for place, low, high in spans:
+        axes.plot([low, high], [place, place], color="tab:blue", alpha=0.35, linewidth=width, solid_capstyle="butt")
+    axes.plot([float(numbers.mean()) for numbers in known], layers, color="tab:blue", linestyle="none", marker="o", markersize=min(5.0, width + 1))
+    axes.set(ylabel="layer", ylim=(len(found) - 0.5, -0.5))
+    _name_layers(axes, list(found))
+    return max((high for *_, high in spans), default=0.0)
 
 
 def _title_of_mask(data: dict, mask: Mask) -> list[str]:
@@ -249,8 +265,11 @@ def _table(rows: list[list[float | None]]) -> Tensor:
 def _words(data: dict) -> list[str]:
     """The lines below the plots."""
     reasons = "; ".join(f"{reason} ({count})" for reason, count in data["reasons"].items())
-    asked, achieved, whole = (f"{data[name]:.1%}" for name in ("asked_sparsity", "achieved_sparsity", "run_sparsity"))
-    skipped = f"{achieved} skipped in sparse calls (asked {asked}), {whole} over the whole run" if data["sparse_calls"] else "nothing ran sparse"
+    achieved, whole = (f"{data[name]:.1%}" for name in ("achieved_sparsity", "run_sparsity"))
+    error, most = data.get("measured_error"), data.get("asked_error")
+    off = "" if error is None else f", off by {percent(error)}"
+    asked = f" (asked {data['asked_sparsity']:.1%})" if most is None else f" (at most {percent(most)}{' off' if error is None else ''} asked)"
+    skipped = f"{achieved} skipped in sparse calls{off}{asked}, {whole} over the whole run" if data["sparse_calls"] else "nothing ran sparse"
     calls = f"{data['sparse_calls']} sparse, {data['dense_calls']} dense calls" + (f" of {data['tokens']} tokens" if data["tokens"] else "")
     steps = f"{data['steps']} step" + ("" if data["steps"] == 1 else "s")
     backend = f", backend {data['backend']}" if data["backend"] else ""

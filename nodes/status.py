@@ -31,6 +31,7 @@ def closing_line(record: RunRecord) -> str:
 def figures(record: RunRecord) -> dict:
     """The same for the panel, as plain data. asked and achieved: shares of pairs skipped, the latter over the sparse calls.
 
+    asked_error and error: the relative L2 error that sparse calls may have, where that was asked for instead of a share, and the one measured.
     state: "running", "done", "warning" (nothing ran sparse) or "stopped".
     """
     state = {"running": "running", "finished": "done"}.get(record.outcome, "stopped")
@@ -40,6 +41,7 @@ def figures(record: RunRecord) -> dict:
     return {
         "state": state, "method": record.method, "step": min(record.step + 1, record.steps), "steps": record.steps,
         "asked": record.asked_sparsity, "achieved": achieved if math.isfinite(achieved) else None,  # JSON has no word for NaN
+        "asked_error": record.asked_error, "error": record.measured_error,
         "sparse_calls": record.sparse_calls, "dense_calls": record.dense_calls,
     }
 
@@ -47,12 +49,26 @@ def figures(record: RunRecord) -> dict:
 def _figures(record: RunRecord) -> str:
     parts = []
     if record.sparse_calls:
-        parts.append(f"{record.achieved_sparsity:.0%} skipped (asked {record.asked_sparsity:.0%})")
+        parts.append(_skipped(record))
     parts.append(f"{record.sparse_calls} sparse, {record.dense_calls} dense calls")
     if record.reasons:
         parts.append("dense: " + "; ".join(f"{reason} ({count})" for reason, count in record.reasons.most_common(3)))
     parts += _spread(record) + _costs(record)
     return " · ".join(parts)
+
+
+def _skipped(record: RunRecord) -> str:
+    """What was skipped, how far off that is where it was measured, and what was asked."""
+    share, error = f"{record.achieved_sparsity:.0%} skipped", record.measured_error
+    off = "" if error is None else f", off by {percent(error)}"
+    if record.asked_sparsity is not None:
+        return f"{share}{off} (asked {record.asked_sparsity:.0%})"
+    return f"{share}{off} (at most {percent(record.asked_error)}{' off' if error is None else ''} asked)"
+
+
+def percent(share: float) -> str:
+    """Whole percent; below 2 percent with two digits, since errors may be small."""
+    return f"{share:.0%}" if share >= 0.02 else f"{100 * share:.2g}%"
 
 
 def _spread(record: RunRecord) -> list[str]:
@@ -80,7 +96,7 @@ def _notes(record: RunRecord) -> str:
 # What to change for a planned reason; the first that applies is the one that matters most when nothing ran sparse.
 _HINTS = {
     "min_tokens": "Raise the resolution or length, or set min_tokens (an advanced input) to 0 to try it anyway.",
-    "search step": "AdaSpa needs a step after its search: use more steps.",
+    "search step": "{method} needs a step after its search: use more steps.",
     "dense layer": "Shorten dense_layers.",
     "warm-up": "Lower warmup_steps or use more steps.",
     "last steps": "Lower end_steps.",
@@ -104,7 +120,7 @@ def _advice(record: RunRecord) -> str:
     if hindrances:
         return f"Reason: {hindrances[0]}.{hint(hindrances[0], record.config)}"
     key, reason = next((key, reason) for key in _HINTS for reason in record.reasons if key in reason)
-    return f"Reason: {reason}. {_HINTS[key]}"
+    return f"Reason: {reason}. {_HINTS[key].format(method=record.method)}"
 
 
 class StatusLine:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.methods import svg
-from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, told_its_id
+from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, sparsity_input, told_its_id
 from .patch import install
 
 
@@ -25,8 +25,8 @@ class SparseAttentionPatchSVG(io.ComfyNode):
             search_aliases=ALIASES,
             inputs=[
                 model_input(),
+                sparsity_input(svg.CONFIG),
                 *common_inputs(
-                    svg.CONFIG,
                     "How often heads are classified anew. -1: at every sparse step (the paper). 0: once. N: every N steps, a little faster.",
                 ),
                 *advanced_inputs(svg.CONFIG, [

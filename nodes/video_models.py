@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.call import Dense
-from ..attention.config import Automatic
+from ..attention.config import AUTOMATIC, Automatic
 from ..attention.layout import VideoLayout
 from .model_row import Call, Evaluation, Grid, VideoModel, counted, grid_of, tokens_in, tokens_of
 
@@ -185,7 +185,8 @@ _NO_FIGURES = "no published figures for it: the nodes' own defaults"
 
 
 def _settings(svg: float, warmup: float = 0.2, adaspa: float = 0.8) -> Callable[[Any], Mapping[str, Automatic]]:
-    return lambda network: {"SVG": Automatic(svg, warmup, "0"), "AdaSpa": Automatic(adaspa, warmup, "")}
+    """SVG's and AdaSpa's sparsity, and the warm-up's share of the run. Auto has no sparsity of its own: it follows from its fidelity."""
+    return lambda network: {"SVG": Automatic(svg, warmup, "0"), "AdaSpa": Automatic(adaspa, warmup, ""), "Auto": Automatic(AUTOMATIC, warmup, "")}
 
 
 # Wan 1.3B is 1,536 wide, 5B 3,072 and 14B 5,120. Narrower ones are nobody's video models, but test pieces.

@@ -127,7 +127,7 @@ sys.modules[spec.name] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 import torch
 kernels, dispatch, methods = (importlib.import_module(spec.name + part) for part in (".kernels", ".attention.dispatch", ".attention.methods"))
-assert sorted(methods.METHODS) == ["AdaSpa", "SVG"] and callable(dispatch.sparse_attention)
+assert sorted(methods.METHODS) == ["AdaSpa", "Auto", "SVG"] and callable(dispatch.sparse_attention)
 q, k, v = torch.randn(3, 1, 2, 100, 64)
 mask = kernels.BlockMask.from_blocks(torch.ones(1, 1, 1, 2, dtype=torch.bool), 128, 64, 100, 100)
 out = kernels.block_sparse_attention(q, k, v, mask, backend="auto")

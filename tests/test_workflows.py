@@ -14,18 +14,23 @@ FILES = sorted(FOLDER.glob("*.json"))
 SNAPSHOT = json.loads((FOLDER.parent / "tests" / "snapshots" / "nodes.json").read_text(encoding="utf-8"))
 
 # Our nodes as saved workflows know them: widgets in their order with what they start from. Values are saved by place, so the order never changes.
-COMMON = [("sparsity", None), ("warmup_steps", -1), ("cache_refresh", -1), ("dense_layers", None), ("end_steps", 0), ("min_tokens", -1)]
+SHARED = [("warmup_steps", -1), ("cache_refresh", -1), ("dense_layers", None), ("end_steps", 0), ("min_tokens", -1)]
+COMMON = [("sparsity", None), *SHARED]
 LAST = [("backend", "auto"), ("strict", False), ("precision", "auto")]
 OURS = {
     "SparseAttentionPatchSVG": [*COMMON, ("sampled_rows", 64), *LAST],
-    "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "tile"), *LAST],
+    "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "tile"), *LAST, ("skipped_blocks", "mean")],
+    "SparseAttentionPatchAuto": [("fidelity", 0.9), *SHARED, *LAST],
     "SparseAttentionReport": [("layer", 0), ("head", 0)],
     "SparseAttentionProbe": [("layers", ""), ("most_layers", 0), ("steps", 3), ("sparsities", "auto"), ("continue_with", "sparse")],
     "SparseAttentionProbeResults": [("max_error", 0.3)],
     "SparseAttentionSavePattern": [("filename_prefix", "pattern")],
     "SparseAttentionLoadPattern": [("file", "none"), ("path", "")],
 }
-OWN = {"SparseAttentionPatchSVG": {"sparsity": 0.7, "dense_layers": "0"}, "SparseAttentionPatchAdaSpa": {"sparsity": 0.8, "dense_layers": ""}}
+OWN = {
+    "SparseAttentionPatchSVG": {"sparsity": 0.7, "dense_layers": "0"}, "SparseAttentionPatchAdaSpa": {"sparsity": 0.8, "dense_layers": ""},
+    "SparseAttentionPatchAuto": {"dense_layers": ""},
+}
 # What a file sets otherwise, by the patch's title.
 SET = {
     "wan_t2v_svg": {"": {"sparsity": -1}},
@@ -41,6 +46,7 @@ SET = {
 SLOTS = {
     "SparseAttentionPatchSVG": (["model"], ["MODEL"]),
     "SparseAttentionPatchAdaSpa": (["model"], ["MODEL"]),
+    "SparseAttentionPatchAuto": (["model"], ["MODEL"]),
     "SparseAttentionReport": (["model", "samples"], ["LATENT", "IMAGE", "STRING"]),
     "SparseAttentionProbe": (["model"], ["MODEL"]),
     "SparseAttentionProbeResults": (["model", "samples"], ["LATENT", "STRING", "STRING", "STRING", "FLOAT"]),
@@ -109,8 +115,8 @@ def overlap(one: dict, other: dict) -> bool:
 
 def test_there_is_one_for_each_method_and_for_each_large_family():
     assert {path.stem for path in FILES} >= {
-        "wan_t2v_svg", "wan_t2v_adaspa", "wan22_t2v", "wan22_i2v", "wan_dense_and_sparse", "hunyuan15_t2v", "wan_vace", "wan22_t2v_4_steps",
-        "ltx2_t2v", "minimax_h3_t2v", "wan_probe", "wan_pattern",
+        "wan_t2v_svg", "wan_t2v_adaspa", "wan_t2v_auto", "wan22_t2v", "wan22_i2v", "wan_dense_and_sparse", "hunyuan15_t2v", "wan_vace",
+        "wan22_t2v_4_steps", "ltx2_t2v", "minimax_h3_t2v", "wan_probe", "wan_pattern",
     }
     ours = {node["type"] for path in FILES for node in of_type(read(path), *OURS)}
     assert ours == set(OURS) == set(SNAPSHOT), "each of our nodes is in one"
@@ -292,7 +298,8 @@ def test_notes_say_what_it_is_and_what_to_expect(path):
     notes = {node["title"]: node["widgets_values"][0] for node in of_type(graph, "MarkdownNote")}
     assert set(notes) == {"Read me", "What to expect, and the knobs"}
     assert all(any(line.startswith("## ") for line in words.splitlines()) for words in notes.values())
-    assert "sparsity**" in notes["What to expect, and the knobs"]
+    knob = "fidelity**" if of_type(graph, "SparseAttentionPatchAuto") else "sparsity**"
+    assert knob in notes["What to expect, and the knobs"]
     for type, version in NEWER.items():
         assert bool(of_type(graph, type)) == (f"Needs ComfyUI {version}" in notes["Read me"])
 

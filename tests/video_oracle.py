@@ -1,6 +1,9 @@
 """What each token of a video is, from the definition; and the runs and calls that the tests play."""
 
+import functools
+
 import torch
+from pack.attention.budget import BLOCK_K
 from pack.attention.call import AttentionCall
 from pack.attention.layout import VideoLayout
 from pack.attention.record import RunRecord
@@ -37,8 +40,34 @@ def place(layout, kind):
     return frame * layout.height * layout.width + patch if kind == "spatial" else patch * layout.frames + frame
 
 
+def hilbert_curve(bits):
+    """Every (x, y, z) of a cube of 2^bits along Hilbert's curve: from the place to the coordinates, by J. Skilling's algorithm (2004)."""
+    walk = []
+    for place in range(8**bits):
+        # Every third bit of the place, the highest first, is one coordinate's.
+        axes = [sum(((place >> (3 * bit + 2 - axis)) & 1) << bit for bit in range(bits)) for axis in range(3)]
+        carry = axes[2] >> 1
+        axes = [axes[0] ^ carry, axes[1] ^ axes[0], axes[2] ^ axes[1]]  # out of Gray code
+        for bit in range(1, bits):
+            low = (1 << bit) - 1
+            for axis in (2, 1, 0):
+                if axes[axis] >> bit & 1:
+                    axes[0] ^= low
+                else:
+                    swap = (axes[0] ^ axes[axis]) & low
+                    axes[0] ^= swap
+                    axes[axis] ^= swap
+        walk.append(tuple(axes))
+    return walk
+
+
+@functools.cache
 def video_rows(layout, kind):
     """Tensor rows of the video in a kind's order, a list."""
+    if kind == "hilbert":
+        size = (layout.frames, layout.height, layout.width)
+        inside = [at for at in hilbert_curve(max(1, (max(size) - 1).bit_length())) if all(x < most for x, most in zip(at, size, strict=True))]
+        return [layout.prefix + (f * layout.height + y) * layout.width + x for f, y, x in inside]
     box = [(f, y, x) for f in range(layout.frames) for y in range(layout.height) for x in range(layout.width)]
     keys = {
         "spatial": lambda f, y, x: (f, y, x), "raster": lambda f, y, x: (f, y, x), "temporal": lambda f, y, x: (y, x, f),
@@ -49,6 +78,21 @@ def video_rows(layout, kind):
 
 def chunks(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def key_blocks(layout, token_order):
+    """Rows of each block of 64 keys where text comes first and then the video in an order, lists of lists."""
+    return chunks(is_text(layout).nonzero()[:, 0].tolist(), BLOCK_K) + chunks(video_rows(layout, token_order), BLOCK_K)
+
+
+def query_blocks(layout, token_order, block_q=128):
+    """The same of queries."""
+    return chunks(is_text(layout).nonzero()[:, 0].tolist(), block_q) + chunks(video_rows(layout, token_order), block_q)
+
+
+def as_one_key(config, layout):
+    """The blocks that a method's skipped keys count as, as `oracle.attention` takes them; None where they count as nothing."""
+    return key_blocks(layout, config.token_order) if getattr(config, "skipped_blocks", "drop") == "mean" else None
 
 
 def token_mask(plan, layout, batch=1, heads=1):

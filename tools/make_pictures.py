@@ -1,6 +1,6 @@
 """Makes the pictures of the help pages, web/docs/pictures/: runs the demo's small trained model in a real ComfyUI, and takes its nodes' pictures.
 
-    COMFYUI_PATH=... COMFYUI_PYTHON=... python tools/make_pictures.py [runs] [probe] [pattern]
+    COMFYUI_PATH=... COMFYUI_PYTHON=... python tools/make_pictures.py [runs] [auto] [probe] [pattern]
 
 Needs playwright and a Chromium: CHROMIUM names one, else one on the PATH is taken. OUT: another folder. Figures of time in them are of the machine.
 """
@@ -19,7 +19,7 @@ from comfy_server import ROOT, ComfyServer
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-SVG, ADASPA = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"
+SVG, ADASPA, AUTO = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"
 MOST_BYTES = 150_000
 # The videos are short, and would stay dense otherwise.
 SHORT = {"min_tokens": 0}
@@ -164,6 +164,15 @@ def runs(frontend: Frontend, out: Path) -> None:
     save(below(*states, frontend.panel("5")), out / "panel.png")
 
 
+def auto(frontend: Frontend, out: Path) -> None:
+    """The node with a fidelity, its panel, and its report."""
+    frontend.open({**graph(patch(AUTO), ["5", 0]), **report()}, ("5", "10"))
+    done = frontend.run()
+    save(frontend.node("5"), out / "patch_auto.png")
+    picture = frontend.view(done["10"]["images"][0])
+    save(picture.resize((1024, round(1024 * picture.height / picture.width)), Image.Resampling.LANCZOS), out / "report_auto.png")
+
+
 def probe(frontend: Frontend, out: Path) -> None:
     probed = {**patch(SVG, sparsity=0.8, dense_layers=""), "6": node("SparseAttentionProbe", model=["5", 0])}
     results = {"10": node("SparseAttentionProbeResults", model=["6", 0], samples=["9", 0]), "11": node("PreviewAny", source=["10", 1])}
@@ -189,7 +198,7 @@ def pattern(frontend: Frontend, out: Path) -> None:
     save(frontend.node("6"), out / "load_pattern.png")
 
 
-PARTS = (runs, probe, pattern)
+PARTS = (runs, auto, probe, pattern)
 
 
 def main(names: list[str]) -> int:

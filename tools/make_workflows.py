@@ -35,7 +35,8 @@ WAN_NEGATIVE = (
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 FOX = "a fox moving quickly in a beautiful winter scenery nature trees mountains daytime tracking camera"
-SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
+SVG, ADASPA, AUTO = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"
+REPORT = "SparseAttentionReport"
 SAVE, LOAD = "SparseAttentionSavePattern", "SparseAttentionLoadPattern"
 PROBE, RESULTS = "SparseAttentionProbe", "SparseAttentionProbeResults"
 SEED = 82628696717253
@@ -297,8 +298,11 @@ SMALL, SMALL_SAMPLING = file(WAN21, "diffusion_models", "wan2.1_t2v_1.3B_fp16.sa
 LONGER_WARMUP = "The first third of the steps is dense on purpose: this small model needs a longer warm-up."
 
 
-def wan_t2v(kind: str, name: str, heading: str, looks: str, sparsity: str, refresh: str) -> dict:
-    called = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch"}[kind]
+OF_SPARSITY = "**sparsity** -1: what suits this model, {}. Type a number yourself: up is faster, and further from the dense video; down is slower and closer."
+
+
+def wan_t2v(kind: str, name: str, heading: str, looks: str, knob: str, refresh: str, **settings) -> dict:
+    called = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch", AUTO: "Sparse Attention Patch (Auto)"}[kind]
     return {
         "name": name,
         "stacks": [
@@ -308,9 +312,8 @@ def wan_t2v(kind: str, name: str, heading: str, looks: str, sparsity: str, refre
                 note("What to expect, and the knobs", expect(
                     f"While it samples, a line on **{called}** tells the step, the share skipped, and why calls stayed dense. {LONGER_WARMUP} "
                     f"Then **Sparse Attention Report** shows what was skipped by layer and step, and {looks}.",
-                    f"- **sparsity** -1: what suits this model, {sparsity}. Type a number yourself: up is faster, and further from the dense video; down is slower and closer.\n"
-                    f"- **warmup_steps** up: closer to the dense video, less gain.\n- **cache_refresh**: {refresh}\n"))),
-             group("1. Model and patch", column(400, unet("model", SMALL)), column(220, shift("shift", 8)), column(400, patch("patch", kind, sparsity=-1))), prompt(size_of())],
+                    f"- {knob}\n- **warmup_steps** up: closer to the dense video, less gain.\n- **cache_refresh**: {refresh}\n"))),
+             group("1. Model and patch", column(400, unet("model", SMALL)), column(220, shift("shift", 8)), column(400, patch("patch", kind, **settings))), prompt(size_of())],
             [group("3. Sample", column(330, sampler("sampler", *SMALL_SAMPLING)))],
             [group("4. Report", column(600, report()), column(430, ["json", "PreviewAny", {}, {"title": "Report: JSON", "height": 560}]))],
             saving(name.replace("t2v_", ""), 16),
@@ -333,12 +336,18 @@ def wan_t2v(kind: str, name: str, heading: str, looks: str, sparsity: str, refre
 
 def wan_t2v_svg() -> dict:
     return wan_t2v(SVG, "wan_t2v_svg", "Wan 2.1 text to video with Sparse VideoGen (SVG)", "which heads look around in space and which along time",
-                   "0.60 here; the large one has 0.70", "how often heads are classified anew; -1 is every step, as in the paper.")
+                   OF_SPARSITY.format("0.60 here; the large one has 0.70"), "how often heads are classified anew; -1 is every step, as in the paper.", sparsity=-1)
 
 
 def wan_t2v_adaspa() -> dict:
     return wan_t2v(ADASPA, "wan_t2v_adaspa", "Wan 2.1 text to video with AdaSpa", "how much of each head's attention the kept blocks hold",
-                   "0.70 here; the large one has 0.80", "how often blocks are searched anew; -1 is once more later in the run, as in the paper.")
+                   OF_SPARSITY.format("0.70 here; the large one has 0.80"), "how often blocks are searched anew; -1 is once more later in the run, as in the paper.", sparsity=-1)
+
+
+def wan_t2v_auto() -> dict:
+    return wan_t2v(AUTO, "wan_t2v_auto", "Wan 2.1 text to video with a fidelity (Auto)", "how far each layer was off from dense attention",
+                   "**fidelity**: how close each layer's attention stays to dense attention; 0.9 means off by at most about a tenth. Up: closer, less is skipped. Down: faster.",
+                   "when blocks are searched anew; -1 is where the measured error has grown.")
 
 
 def wan_probe() -> dict:
@@ -652,7 +661,7 @@ def minimax_h3_t2v() -> dict:
     }
 
 
-SPECS = (wan_t2v_svg, wan_t2v_adaspa, wan_probe, wan_pattern, wan22_t2v, wan22_i2v, wan_dense_and_sparse, hunyuan15_t2v, wan_vace, wan22_t2v_4_steps, ltx2_t2v, minimax_h3_t2v)
+SPECS = (wan_t2v_svg, wan_t2v_adaspa, wan_t2v_auto, wan_probe, wan_pattern, wan22_t2v, wan22_i2v, wan_dense_and_sparse, hunyuan15_t2v, wan_vace, wan22_t2v_4_steps, ltx2_t2v, minimax_h3_t2v)
 
 
 # ---- the subgraph blueprints: ComfyUI lists them in its node library ----

@@ -1,5 +1,5 @@
 /**
- * The panel on the patch nodes: how much is skipped against what was asked, and the live line. The nodes that only tell something
+ * The panel on the patch nodes: how much is skipped, against the share or the error that was asked, and the live line. The nodes that only tell something
  * have one too, without figures: ComfyUI's own text widget cuts what is longer than two lines.
  *
  * The server sends one event for every line that it shows, followed by the line as ComfyUI's own text on the node
@@ -13,11 +13,12 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const EVENT = "sparse_video_attention.run"; // RUN_EVENT in nodes/host.py
-const PATCHES = new Set(["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"]);
+const PATCHES = new Set(["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"]);
 const TELLERS = new Set(["SparseAttentionProbe", "SparseAttentionProbeResults", "SparseAttentionSavePattern", "SparseAttentionLoadPattern"]);
 // LiteGraph's modes of nodes that are no part of a prompt.
 const LEFT_OUT = new Map([[2, "Muted"], [4, "Bypassed"]]);
 const MOST_SHORT = 0.02; // a run that has skipped less than asked by more than this is no success
+const MOST_OFF = 1.25; // nor one whose error, where that was asked for, is more than so many times it
 // ComfyUI's name for its widget with a line of text; it looks for one before it makes one.
 const WIDGET = "$$node-text-preview";
 const TYPE = "sparse_video_attention_panel";
@@ -55,6 +56,8 @@ const STYLE = `
 
 const isShare = (value) => typeof value === "number" && value >= 0 && value <= 1;
 const percent = (share) => `${(100 * share).toFixed(0)}%`;
+/** As `percent` in nodes/status.py: errors may be small. */
+const percentOff = (error) => (error >= 0.02 ? percent(error) : `${Number((100 * error).toPrecision(2))}%`);
 const rootGraph = () => app.rootGraph ?? app.graph;
 const kindOf = (node) => node.comfyClass ?? node.type;
 
@@ -120,16 +123,22 @@ class Panel {
     const { dataset } = this.root;
     dataset.state = data.state ?? "note";
     delete dataset.short;
-    if (isShare(data.asked) && isShare(data.achieved)) {
+    const ofShare = isShare(data.asked);
+    if ((ofShare || isShare(data.asked_error)) && isShare(data.achieved)) {
       dataset.figures = "";
-      if (data.state === "done" && data.asked - data.achieved > MOST_SHORT + 1e-9) dataset.short = "";
-      this.skipped.textContent = `${percent(data.achieved)} skipped, ${percent(data.asked)} asked`;
+      const measured = typeof data.error === "number";
+      const amiss = ofShare ? data.asked - data.achieved > MOST_SHORT + 1e-9 : measured && data.error > MOST_OFF * data.asked_error + 1e-9;
+      if (data.state === "done" && amiss) dataset.short = "";
+      const off = measured ? `, off by ${percentOff(data.error)}` : "";
+      const asked = ofShare ? `${percent(data.asked)} asked` : `${percentOff(data.asked_error)}${measured ? "" : " off"} asked`;
+      this.skipped.textContent = `${percent(data.achieved)} skipped${off}, ${asked}`;
       this.step.textContent = data.steps ? `step ${data.step}/${data.steps}` : "";
       this.fill.style.width = percent(data.achieved);
-      this.asked.style.left = percent(data.asked);
+      this.asked.hidden = !ofShare;
+      this.asked.style.left = ofShare ? percent(data.asked) : "";
       this.bar.setAttribute("aria-valuenow", (100 * data.achieved).toFixed(0));
       this.bar.setAttribute("aria-label", this.skipped.textContent);
-      this.bar.title = `${data.sparse_calls} sparse, ${data.dense_calls} dense calls; the mark is what was asked`;
+      this.bar.title = `${data.sparse_calls} sparse, ${data.dense_calls} dense calls${ofShare ? "; the mark is what was asked" : ""}`;
     } else {
       delete dataset.figures;
     }

@@ -7,40 +7,49 @@ The last warm-up step runs dense, the softmax mass of every pair of blocks is su
 need one pass over q and k, no softmax. Text is always kept, as keys and as queries.
 What the paper leaves open, and what is done here:
 - Text counts in the budget, and the video rows of a head keep equally many blocks.
-- Head-adaptive sparsity (section 4.2) is decided for each batch entry alone. At most half of the heads can be raised,
-  and the step up and down is cut so that both ends stay possible; so the mean is always the one asked for. It ranks the heads of
-  a call, and evens their rounding out; without it each head is planned for itself, whichever others the call brings.
+- Head-adaptive sparsity (section 4.2) is decided for each batch entry alone. It is tried out in the search against equal counts, on a
+  part of the queries, and taken where it comes nearer to dense attention: heads that are given more may gain less than the others
+  lose. At most half of the heads can be raised, and the step up and down is cut so that both ends stay possible; so the mean is always
+  the one asked for. It ranks the heads of a call, and evens their rounding out; without it each head is planned for itself, whichever
+  others the call brings. `always_adapt` takes it untried, as the paper does.
 - Recall is the kept share of the actual sum of masses, since a cached LSE makes rows not sum to one.
 - The first search takes no second pass over q and k, as the paper's does: the warm-up step before it keeps its LSE, and
   the masses are gathered under that while the search step computes its dense output. With one warm-up step, or where a
   cache skipped the step before, there is no earlier LSE, and the paper's second pass is made with the current one.
 - Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run. A stage that ends above may have its last
   step there: a search that no later sparse step can use is not made.
-- Blocks are 128 queries by 64 keys (the paper: 64 by 64). With `token_order` "tile", blocks are compact boxes of video
-  rather than runs of a raster line; "raster" is the paper's.
+- Blocks are 128 queries by 64 keys (the paper: 64 by 64; `block_q` 64). With `token_order` "tile", blocks are compact boxes of
+  video rather than runs of a raster line; "raster" is the paper's.
+- A skipped block is not dropped: it counts as one key, its mean, with its mean value (`kernels.pool_blocks`). That is 1/64 of its
+  work, and docs/FIDELITY.md has what it brings. `skipped_blocks` "drop" is the paper's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ... import kernels
-from ...kernels import BlockMask, SparsePlan, TokenOrder
-from ..budget import BLOCK_K, BLOCK_Q, limit_note, pairs_allowed, pairs_of_sinks
+from ...kernels import PooledBlocks, SparsePlan
+from ..blocks import TOKEN_ORDERS, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
+from ..budget import BLOCK_K, BLOCK_Q
 from ..call import AttentionCall, Dense
 from ..config import Automatic, MethodConfig
-from ..layout import VideoLayout, in_sections, tile_major
 from ..record import Figures
 from ..schedule import Schedule
 from ..session import Found, LayerState, Session
+from ..trial import Trial
+from ..words import shortened
+
+__all__ = ["AUTOMATIC", "CONFIG", "LEAST_WARMUP", "NAME", "PATTERN_SETTINGS", "first_step", "from_pattern", "plan", "to_pattern"]
 
 NAME = "AdaSpa"
 LEAST_WARMUP = 1
 # What a loaded pattern brings along: blocks are chosen for a sparsity, in an order of tokens.
 PATTERN_SETTINGS = ("sparsity", "token_order")
+SKIPPED_BLOCKS = ("mean", "drop")
 # Above this recall a head has more blocks than it needs (section 4.2).
 _EASY_RECALL = 0.8
 _THE_LAST = "AdaSpa's search step would be the last"
@@ -52,17 +61,29 @@ _SEARCH_BYTES = 64 << 20
 class AdaSpaConfig(MethodConfig):
     """AdaSpa's knobs.
 
-    head_adaptive: heads that need less give blocks to heads that need more, around the same mean.
-    token_order: "tile" (blocks are compact boxes) or "raster" (the paper).
+    head_adaptive: heads that need less give blocks to heads that need more, around the same mean, where that comes nearer to dense;
+    always_adapt: untried (the paper).
+    token_order: "tile" (blocks are compact boxes), "raster" (the paper) or "hilbert" (runs of that curve).
+    block_q: queries of a block, 128 or 64. lse_cache: later searches use the first one's log-sum-exp; off, each computes its own.
+    skipped_blocks: "mean" (each counts as one key, its mean) or "drop" (the paper).
     """
 
     head_adaptive: bool = True
     token_order: str = "tile"
+    block_q: int = BLOCK_Q
+    lse_cache: bool = True
+    always_adapt: bool = False
+    skipped_blocks: str = "mean"
 
     def __post_init__(self):
         super().__post_init__()
         self._flag("head_adaptive")
-        self._choice("token_order", ("raster", "tile"))
+        self._flag("lse_cache")
+        self._flag("always_adapt")
+        self._choice("token_order", TOKEN_ORDERS)
+        self._choice("skipped_blocks", SKIPPED_BLOCKS)
+        if self.block_q not in (BLOCK_K, BLOCK_Q):
+            raise ValueError(f"block_q: {shortened(repr(self.block_q))} is not {BLOCK_K} or {BLOCK_Q}")
 
 
 CONFIG = AdaSpaConfig
@@ -91,40 +112,19 @@ def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Sparse
             return _keep_lse(call, state) if call.step < run.schedule.warmup - 1 else _first_search(call, config, state, blocks)
         if call.step < run.schedule.warmup:
             return Dense("warm-up step", planned=True)
-        if found.lse is not None and _due(config.cache_refresh, run.schedule, found.step, call.step):
-            masses = _Masses(call, state, blocks, found.lse)
-            state.found = _found(masses, call, config, state, blocks, found.lse)
-    state.figures = Figures(density=state.found.what.density, recall=state.found.what.recall)
-    return blocks.plan(state.found.what)
+        if _due(config.cache_refresh, run.schedule, found.step, call.step) and (lse := _lse_for_search(call, config, state)) is not None:
+            state.found = _found(_Masses(call, state, blocks, lse), call, config, state, blocks, lse, None)
+    state.figures = state.found.what.figures
+    return blocks.plan(state.found.what, _pooled(call, config, state, blocks))
 
 
 def _blocks(call: AttentionCall, config: AdaSpaConfig, run: Session) -> VideoBlocks:
     return run.shared(("adaspa", call.q.device, call.layout), lambda: VideoBlocks.build(call.layout, config, call.q.device))
 
 
-def to_pattern(choice: Choice) -> dict[str, Tensor]:
-    """What was found, for a file; off the device at once, since a run may find several."""
-    return {"bits": choice.bits.cpu(), "density": choice.density, "recall": choice.recall}
-
-
 def from_pattern(tensors: dict[str, Tensor], call: AttentionCall, config: AdaSpaConfig, run: Session) -> Choice:
-    """The inverse of `to_pattern`, on the call's device. Raises ValueError where it does not fit the call.
-
-    What kernels rely on is worked out anew, never read from the file.
-    """
-    blocks = _blocks(call, config, run)
-    bits, density, recall = tensors["bits"], tensors["density"].float(), tensors["recall"].float()
-    heads = tuple(call.q.shape[:2])
-    if tuple(bits.shape) != (*heads, blocks.rows, -(-blocks.columns // 8)) or bits.dtype != torch.uint8:
-        raise ValueError(f"bits is {bits.dtype} {tuple(bits.shape)}: these are not the blocks of {call.layout}")
-    if not density.shape == recall.shape == heads or not bool(((density > 0) & (density <= 1)).all()):
-        raise ValueError("density or recall is not one figure a head")
-    if blocks.columns % 8 and bool((bits[..., -1] >> (blocks.columns % 8)).any()):
-        raise ValueError("bits has blocks past the last one")
-    counts = _BITS_SET[bits.long()].sum(-1, dtype=torch.int32)
-    if int(counts.min()) < 1:
-        raise ValueError("bits has a row without a block")
-    return Choice(bits.to(call.q.device), max(int((counts * (counts < blocks.columns)).max()), 1), density, recall)
+    """The inverse of `to_pattern`, on the call's device. Raises ValueError where it does not fit the call."""
+    return choice_from_pattern(tensors, call, _blocks(call, config, run))
 
 
 def _due(refresh: int, schedule: Schedule, found_at: int, step: int) -> bool:
@@ -150,15 +150,27 @@ def _keep_lse(call: AttentionCall, state: LayerState) -> Dense:
     return Dense("warm-up step", planned=True, output=out)
 
 
+def _pooled(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> PooledBlocks | None:
+    """What the blocks that are not kept count as."""
+    return blocks.pooled(call, state.run.backend) if config.skipped_blocks == "mean" else None
+
+
+def _lse_for_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Tensor | None:
+    """The LSE that a later search weighs scores by: the first one's, or without the cache this step's own, [B, H, S]."""
+    if config.lse_cache:
+        return state.found.lse
+    return kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)[1]
+
+
 def _first_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
     """Dense attention and the block masses: in one pass under the LSE of the step before, in two where there is none."""
-    if state.found is not None:
+    if state.found is not None and config.lse_cache:
         masses = _Masses(call, state, blocks, state.found.lse, dense=True)
         out, lse = masses.output()
     else:
         out, lse = kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)
         masses = _Masses(call, state, blocks, lse)
-    state.found = _found(masses, call, config, state, blocks, lse)
+    state.found = _found(masses, call, config, state, blocks, lse, out)
     return Dense("search step", planned=True, output=out)
 
 
@@ -182,10 +194,10 @@ class _Masses:
                 "q_order": blocks.q_order, "k_order": blocks.k_order, "scale": call.scale, "key_bias": call.key_bias, "backend": state.run.backend,
             }
             if dense:
-                out, own_lse, mass = kernels.attention_with_mass(q, k, v, lse[:, part], BLOCK_Q, BLOCK_K, **options)
+                out, own_lse, mass = kernels.attention_with_mass(q, k, v, lse[:, part], blocks.block_q, BLOCK_K, **options)
                 self._dense.append((out, own_lse))
             else:
-                mass = kernels.block_mass(q, k, lse[:, part], BLOCK_Q, BLOCK_K, **options)
+                mass = kernels.block_mass(q, k, lse[:, part], blocks.block_q, BLOCK_K, **options)
             found.append(self._of(mass))
         self.ranks, self.share, self.totals = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
@@ -204,46 +216,42 @@ class _Masses:
         return torch.cat([out for out, _ in self._dense], 1), torch.cat([lse for _, lse in self._dense], 1)
 
 
-def _found(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, lse: Tensor) -> Found:
-    """The choice of blocks over all heads together; the LSE is kept while another search is due."""
-    choice = _choose(masses.ranks, masses.share, masses.totals, blocks, config)
+def _found(
+    masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, lse: Tensor, out: Tensor | None,
+) -> Found:
+    """The choice of blocks over all heads together; the LSE is kept while another search is due. out: the call's dense output, where it is known."""
+    choice = _choose(masses, call, config, state, blocks, out)
     state.run.record.searched(call.step)
-    kept_lse = lse.half() if _due_later(config.cache_refresh, state.run.schedule, call.step) else None
+    kept_lse = lse.half() if config.lse_cache and _due_later(config.cache_refresh, state.run.schedule, call.step) else None
     return state.run.keep(call, Found(call.step, choice, kept_lse))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The blocks of one layer and condition. bits: uint8 [B, H, Q, ceil(K/8)]; density, recall: [B, H], on the CPU.
-
-    max_count: the most blocks of a video row. Rows of text keep all and need no list.
-    """
-
-    bits: Tensor
-    max_count: int
-    density: Tensor
-    recall: Tensor
-
-
-def _choose(ranks: Tensor, share: Tensor, totals: Tensor, blocks: VideoBlocks, config: AdaSpaConfig) -> Choice:
-    """Equation 14 and section 4.2, from what `_Masses` says."""
-    costs = blocks.costs(ranks[..., -1].cpu(), ranks.shape[-1])
-    share, totals = share.cpu().double(), totals.cpu().double()
+def _choose(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks, out: Tensor | None) -> Choice:
+    """Equation 14 and section 4.2."""
+    costs = blocks.costs(masses.ranks[..., -1].cpu(), masses.ranks.shape[-1])
+    share, totals = masses.share.cpu().double(), masses.totals.cpu().double()
     always = totals - share[..., -1]  # the sinks' mass
 
     def recall(counts: Tensor) -> Tensor:
         return (share.gather(-1, counts[..., None] - 1)[..., 0] + always) / totals
 
+    def choice(counts: Tensor) -> Choice:
+        keep = blocks.with_sinks(masses.ranks < counts.to(masses.ranks.device)[..., None, None])
+        pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
+        figures = Figures(density=(pairs / blocks.layout.seq_len**2).float(), recall=recall(counts).float())
+        return Choice(pack(keep), blocks.sink_columns + int(counts.max()), figures)
+
     uniform = torch.full(totals.shape, config.sparsity, dtype=torch.float64)
-    counts = blocks.counts(costs, uniform)
-    if config.head_adaptive:
-        counts = blocks.counts(costs, adapted_sparsity(recall(counts), config.sparsity, blocks.most_sparsity), even_out=True)
-    keep = blocks.with_sinks(ranks < counts.to(ranks.device)[..., None, None])
-    pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
-    return Choice(
-        bits=_pack(keep), max_count=blocks.sink_columns + int(counts.max()),
-        density=(pairs / blocks.layout.seq_len**2).float(), recall=recall(counts).float(),
-    )
+    if not config.head_adaptive:
+        return choice(blocks.counts(costs, uniform))
+    adapted_to = adapted_sparsity(recall(blocks.counts(costs, uniform)), config.sparsity, blocks.most_sparsity)
+    adapted = blocks.counts(costs, adapted_to, even_out=True)
+    equal = blocks.counts(costs, uniform, even_out=True)  # the same mean, which more blocks would win by
+    if config.always_adapt or bool((adapted == equal).all()):
+        return choice(adapted)
+    trial, pooled = Trial(call, blocks, state.run.backend, out), _pooled(call, config, state, blocks)
+    of_adapted, of_equal = (trial.errors(blocks.plan(choice(counts), pooled)).cpu() for counts in (adapted, equal))
+    return choice(torch.where((of_adapted < of_equal)[:, None], adapted, equal))
 
 
 def adapted_sparsity(recall: Tensor, sparsity: float, most: float) -> Tensor:
@@ -262,132 +270,3 @@ def adapted_sparsity(recall: Tensor, sparsity: float, most: float) -> Tensor:
     return result
 
 
-@dataclass(frozen=True)
-class VideoBlocks:
-    """The blocks of one layout on one device: sinks first, then the video.
-
-    q_order, k_order: None where positions are rows. rows, columns: blocks in all; sink_rows, sink_columns: those of
-    the tokens before and after the video. paid: pairs of the sinks. limit: what to say where the budget cannot be met.
-    """
-
-    layout: VideoLayout
-    q_order: TokenOrder | None
-    k_order: TokenOrder | None
-    positions_q: int
-    positions_k: int
-    paid: int
-    limit: str | None
-    sparsity: float
-
-    @classmethod
-    def build(cls, layout: VideoLayout, config: AdaSpaConfig, device: torch.device) -> VideoBlocks:
-        """Orders and budget of a layout."""
-        if config.token_order == "raster" and not layout.sink_tokens:
-            q_order = k_order = None
-            positions_q = positions_k = layout.seq_len
-        else:
-            video = layout.video_rows(torch.device("cpu"))
-            video = tile_major(video) if config.token_order == "tile" else video.flatten()
-            sections = [layout.sink_rows(video.device), video]
-            q_rows, k_rows = in_sections(sections, BLOCK_Q), in_sections(sections, BLOCK_K)
-            q_order, k_order = TokenOrder.shared(q_rows.to(device)), TokenOrder.shared(k_rows.to(device))
-            positions_q, positions_k = len(q_rows), len(k_rows)
-        paid = pairs_of_sinks(layout)
-        blocks = cls(layout, q_order, k_order, positions_q, positions_k, paid, None, config.sparsity)
-        if blocks.least_pairs > pairs_allowed(layout, config.sparsity):
-            others = f" and {layout.sink_tokens:,} others" if layout.sink_tokens else ""
-            return replace(blocks, limit=limit_note(layout, blocks.least_pairs, f"{layout.video_tokens:,} video tokens{others}"))
-        return blocks
-
-    @property
-    def rows(self) -> int:
-        return -(-self.positions_q // BLOCK_Q)
-
-    @property
-    def columns(self) -> int:
-        return -(-self.positions_k // BLOCK_K)
-
-    @property
-    def sink_rows(self) -> int:
-        return -(-self.layout.sink_tokens // BLOCK_Q)
-
-    @property
-    def sink_columns(self) -> int:
-        return -(-self.layout.sink_tokens // BLOCK_K)
-
-    @property
-    def least_count(self) -> int:
-        """As many video blocks as a query block's own keys fill."""
-        return min(BLOCK_Q // BLOCK_K, self.columns - self.sink_columns)
-
-    @property
-    def least_pairs(self) -> int:
-        """Pairs of the sinks and of each row's least count."""
-        return self.paid + self.layout.video_tokens * min(self.least_count * BLOCK_K, self.layout.video_tokens)
-
-    @property
-    def most_sparsity(self) -> float:
-        """The largest sparsity that leaves every row the sinks and its least count."""
-        return 1 - self.least_pairs / self.layout.seq_len**2
-
-    def costs(self, last: Tensor, columns: int) -> Tensor:
-        """Pairs that each count of video blocks costs a head, float64 [B, H, Kv]: exact, though the last block may be short.
-
-        last: [B, H, Qv], the rank of the last video block in each row. columns: Kv.
-        """
-        video, rows = self.layout.video_tokens, last.shape[2]
-        full = torch.arange(1, columns + 1, dtype=torch.float64) * (BLOCK_K * video)
-        missing = columns * BLOCK_K - video
-        row_sizes = torch.full((rows,), BLOCK_Q, dtype=torch.float64)
-        row_sizes[-1] -= rows * BLOCK_Q - video
-        # A row has the short last block from the count on that exceeds the block's rank.
-        with_last = torch.zeros(*last.shape[:2], columns, dtype=torch.float64)
-        with_last.scatter_add_(-1, last.long(), row_sizes.expand(last.shape))
-        return full - missing * with_last.cumsum(-1)
-
-    def counts(self, costs: Tensor, sparsity: Tensor, even_out: bool = False) -> Tensor:
-        """Video blocks a row for each head, int64 [B, H], so that each head's cost is nearest to its target.
-
-        costs: [B, H, Kv] of `costs`; sparsity: [B, H], each head's own. even_out: the mean cost of each batch entry is to be
-        nearest instead, over the heads that are there. Without it a head's count depends on no other head.
-        """
-        target = (1 - sparsity) * self.layout.seq_len**2 - self.paid
-        counts = (costs - target[..., None]).abs().argmin(-1).clamp(min=self.least_count - 1)
-        if not even_out:
-            return counts + 1
-        short = target - costs.gather(-1, counts[..., None])[..., 0]
-        # Each head is off by up to half a block a row; the heads that are off most make up for the sum.
-        for entry, missing in zip(counts, short, strict=True):
-            steps = round(float(missing.sum()) / (BLOCK_K * self.layout.video_tokens))
-            worst = (missing if steps > 0 else -missing).argsort(descending=True, stable=True)[: abs(steps)]
-            entry[worst] += 1 if steps > 0 else -1
-        return counts.clamp(self.least_count - 1, costs.shape[-1] - 1) + 1
-
-    def with_sinks(self, video: Tensor) -> Tensor:
-        """The map of all blocks from that of the video's: bool [B, H, Q, K]."""
-        blocks = torch.ones(*video.shape[:2], self.rows, self.columns, dtype=torch.bool, device=video.device)
-        blocks[:, :, self.sink_rows :, self.sink_columns :] = video
-        return blocks
-
-    def plan(self, choice: Choice) -> SparsePlan:
-        """The plan of a choice, its bits written out as index lists."""
-        blocks = _unpack(choice.bits, self.columns)
-        mask = BlockMask.from_blocks(blocks, BLOCK_Q, BLOCK_K, self.positions_q, self.positions_k, max_count=choice.max_count)
-        return SparsePlan(mask, self.q_order, self.k_order)
-
-
-def _pack(blocks: Tensor) -> Tensor:
-    """bool [..., K] as bits, uint8 [..., ceil(K/8)]: a plan of 60 layers has to stay small."""
-    padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % 8)).view(*blocks.shape[:-1], -1, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
-
-
-# How many bits a byte has set.
-_BITS_SET = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
-
-
-def _unpack(bits: Tensor, columns: int) -> Tensor:
-    """The inverse of `_pack`."""
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[..., None] & weights) != 0).flatten(-2)[..., :columns]

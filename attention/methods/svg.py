@@ -18,6 +18,7 @@ One choice is ours: rows are drawn one from each of equal strata of the sequence
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ..call import AttentionCall, Dense
 from ..config import Automatic, MethodConfig
 from ..layout import VideoLayout, in_sections
 from ..record import Figures
+from ..sampling import sampled_rows
 from ..schedule import Schedule
 from ..session import Found, LayerState, Session
 
@@ -41,15 +43,23 @@ PATTERN_SETTINGS: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class SvgConfig(MethodConfig):
-    """SVG's knobs. sampled_rows: how many rows a head is judged by; more is surer and slower (the paper: 32 to 64)."""
+    """SVG's knobs. sampled_rows: how many rows a head is judged by; more is surer and slower (the paper: 32 to 64).
+
+    For comparisons, and on no node: head_types "random" draws each head's kind instead of looking at it, as often as it would be
+    looked at; without first_frame_sink the first frame is kept where the band holds it alone, for the same budget.
+    """
 
     sparsity: float = 0.7
     dense_layers: str = "0"
     sampled_rows: int = 64
+    head_types: str = "online"
+    first_frame_sink: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         self._number("sampled_rows", 1, 4096, whole=True)
+        self._choice("head_types", ("online", "random"))
+        self._flag("first_frame_sink")
 
 
 CONFIG = SvgConfig
@@ -64,21 +74,35 @@ def first_step(schedule: Schedule) -> int:
 def plan(call: AttentionCall, config: SvgConfig, state: LayerState) -> SparsePlan | Dense:
     """Classifies the heads where that is due, and gives each the band of its kind (algorithm 1)."""
     run = state.run
-    bands = run.shared(("svg", call.q.device, call.layout), lambda: Bands.build(call.layout, config.sparsity, call.q.device))
+    bands = run.shared(
+        ("svg", call.q.device, call.layout), lambda: Bands.build(call.layout, config.sparsity, call.q.device, config.first_frame_sink),
+    )
     for limit in bands.limits:
         run.note(limit)
     given = run.given(call, state)
     if isinstance(given, Dense):
         return given
     if given is None and (state.found is None or _due(config.cache_refresh, state.found.step, call.step)):
-        rows = sampled_rows(run.seed, call.step, call.layer, config.sampled_rows, call.q.shape[2]).to(call.q.device, non_blocking=True)
-        errors = kernels.sampled_errors(
-            call.q, call.k, call.v, rows, bands.candidates(), scale=call.scale, key_bias=call.key_bias, backend=run.backend,
-        )
-        state.found = run.keep(call, Found(call.step, errors[TEMPORAL] < errors[SPATIAL]))  # [B, H]; a tie is spatial
+        temporal = _drawn(call, run.seed) if config.head_types == "random" else _classified(call, config, run, bands)
+        state.found = run.keep(call, Found(call.step, temporal))
     temporal = state.found.what
     state.figures = Figures(density=bands.densities[temporal.long()], temporal=temporal)
     return bands.plan(temporal)
+
+
+def _classified(call: AttentionCall, config: SvgConfig, run: Session, bands: Bands) -> Tensor:
+    """Which heads are temporal, bool [B, H]: those whose band of that kind is nearer on the sampled rows. A tie is spatial."""
+    rows = sampled_rows(run.seed, call.step, call.layer, config.sampled_rows, call.q.shape[2]).to(call.q.device, non_blocking=True)
+    errors = kernels.sampled_errors(
+        call.q, call.k, call.v, rows, bands.candidates(), scale=call.scale, key_bias=call.key_bias, backend=run.backend,
+    )
+    return errors[TEMPORAL] < errors[SPATIAL]
+
+
+def _drawn(call: AttentionCall, seed: int) -> Tensor:
+    """Which heads are temporal by lot, bool [B, H], alike for the whole batch: a pure function of seed, step, layer and head."""
+    heads = [Random(f"{seed} {call.step} {call.layer} {call.stack} {head}").random() < 0.5 for head in range(call.q.shape[1])]
+    return torch.tensor(heads, device=call.q.device).expand(call.q.shape[:2])
 
 
 def to_pattern(temporal: Tensor) -> dict[str, Tensor]:
@@ -100,17 +124,6 @@ def _due(refresh: int, found_at: int, step: int) -> bool:
     return refresh > 0 and step - found_at >= refresh
 
 
-def sampled_rows(seed: int, step: int, layer: int, count: int, total: int) -> Tensor:
-    """Rows to profile, int64 [min(count, total)], one from each of equal strata: a pure function of seed, step and layer."""
-    if count >= total:
-        return torch.arange(total)
-    mixed = 0
-    for part in (seed, step, layer):
-        mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    place = torch.rand(count, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
-    return ((torch.arange(count) + place) * (total / count)).long().clamp_(max=total - 1)
-
-
 @dataclass(frozen=True)
 class Bands:
     """Both kinds of head on one layout, on one device.
@@ -129,16 +142,17 @@ class Bands:
     limits: tuple[str, ...]
 
     @classmethod
-    def build(cls, layout: VideoLayout, sparsity: float, device: torch.device) -> Bands:
+    def build(cls, layout: VideoLayout, sparsity: float, device: torch.device, first_frame_sink: bool = True) -> Bands:
         """Worked out on the CPU, once a run: the arithmetic is exact there and nothing waits for a GPU."""
+        kept_frames = 1 if first_frame_sink else 0
         cpu = torch.device("cpu")
         video = layout.video_rows(cpu)
         sinks = layout.sink_rows(cpu)
         q_rows, k_rows, blocks, widths, least_pairs = [], [], [], [], {}
         for kind, in_kind in (("spatial", video), ("temporal", video.permute(1, 2, 0))):  # frame-major, token-major
             q_rows.append(in_sections([sinks, in_kind], BLOCK_Q))
-            later = in_kind.flatten()[in_kind.flatten() >= layout.prefix + layout.tokens_per_frame]
-            k_rows.append(in_sections([sinks, video[0], later], BLOCK_K))
+            later = in_kind.flatten()[in_kind.flatten() >= layout.prefix + kept_frames * layout.tokens_per_frame]
+            k_rows.append(in_sections([sinks, video[:kept_frames], later], BLOCK_K))
             kept, width, least_pairs[kind] = _band(layout, sparsity, in_kind.flatten(), later)
             blocks.append(kept)
             widths.append(width)
@@ -173,7 +187,8 @@ class Bands:
 def _band(layout: VideoLayout, sparsity: float, queries: Tensor, keys: Tensor) -> tuple[Tensor, int, float | None]:
     """The blocks of one kind of head: bool [Q, K], the band's half-width in tokens, and where the budget cannot be met the pairs of its least.
 
-    queries: tensor rows of the video in the kind's order; keys: the same without frame 0, whose place in that order counts.
+    queries: tensor rows of the video in the kind's order; keys: the same without frame 0 where that is kept, whose place in that
+    order counts.
     """
     place = torch.empty(layout.seq_len, dtype=torch.int64)
     place[queries.long()] = torch.arange(layout.video_tokens)
@@ -183,13 +198,14 @@ def _band(layout: VideoLayout, sparsity: float, queries: Tensor, keys: Tensor) -
     distance = torch.maximum(k_low[None] - q_high[:, None], q_low[:, None] - k_high[None]).clamp(min=0)
     pairs = (q_size[:, None] * k_size[None]).double()
     cost = torch.bincount(distance.flatten(), weights=pairs.flatten()).cumsum(0)  # of every width
-    paid = pairs_of_sinks(layout, video_sinks=layout.tokens_per_frame)
+    kept_tokens = layout.video_tokens - len(keys)
+    paid = pairs_of_sinks(layout, video_sinks=kept_tokens)
     budget = pairs_allowed(layout, sparsity) - paid
     width = int((cost - budget).abs().argmin())
     least = paid + float(cost[0]) if cost[0] > budget else None
 
     sink_rows, video_rows = -(-layout.sink_tokens // BLOCK_Q), len(q_low)
-    sink_columns = -(-layout.sink_tokens // BLOCK_K) + -(-layout.tokens_per_frame // BLOCK_K)
+    sink_columns = -(-layout.sink_tokens // BLOCK_K) + -(-kept_tokens // BLOCK_K)
     blocks = torch.ones(sink_rows + video_rows, sink_columns + len(k_low), dtype=torch.bool)
     blocks[sink_rows:, sink_columns:] = distance <= width
     return blocks, width, least

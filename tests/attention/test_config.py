@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from pack.attention.methods import METHODS, adaspa, svg
+from pack.attention.methods import METHODS, adaspa, auto, svg
 
 CONFIGS = {name: method.CONFIG for name, method in METHODS.items()}
 BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -12,8 +12,12 @@ BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_defaults_are_the_released_ones():
     """Input ids and defaults never change once released."""
     shared = {"warmup_steps": -1, "cache_refresh": -1, "end_steps": 0, "min_tokens": -1, "backend": "auto", "strict": False, "precision": "auto"}
-    assert vars(svg.CONFIG()) == {**shared, "sparsity": 0.7, "dense_layers": "0", "sampled_rows": 64}
-    assert vars(adaspa.CONFIG()) == {**shared, "sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "tile"}
+    of_svg = {"sparsity": 0.7, "dense_layers": "0", "sampled_rows": 64, "head_types": "online", "first_frame_sink": True}
+    assert vars(svg.CONFIG()) == {**shared, **of_svg}
+    of_adaspa = {"sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "tile"}
+    assert vars(adaspa.CONFIG()) == {**shared, **of_adaspa, "block_q": 128, "lse_cache": True, "always_adapt": False, "skipped_blocks": "mean"}
+    of_auto = {"sparsity": -1, "dense_layers": "", "fidelity": 0.9, "token_order": "tile", "block_q": 128, "skipped_blocks": "mean"}
+    assert vars(auto.CONFIG()) == {**shared, **of_auto, "selection": "error", "scope": "layer", "sampled_rows": 64}
 
 
 @BOTH
@@ -53,11 +57,44 @@ def test_sampled_rows_is_a_count(value):
     assert svg.CONFIG(sampled_rows=1).sampled_rows == 1 and svg.CONFIG(sampled_rows=4096).sampled_rows == 4096
 
 
+@pytest.mark.parametrize("value", ["", "Online", "temporal", None, 0], ids=repr)
+def test_head_types_are_found_or_drawn(value):
+    with pytest.raises(ValueError, match=r"^head_types: .*online, random"):
+        svg.CONFIG(head_types=value)
+    assert svg.CONFIG(head_types="random").head_types == "random"
+
+
+@pytest.mark.parametrize("value", ["", "True", None, 0, 1], ids=repr)
+def test_first_frame_sink_is_on_or_off(value):
+    with pytest.raises(ValueError, match=r"^first_frame_sink: .*on or off"):
+        svg.CONFIG(first_frame_sink=value)
+    assert not svg.CONFIG(first_frame_sink=False).first_frame_sink
+
+
+@pytest.mark.parametrize("config", [adaspa.CONFIG, auto.CONFIG])
 @pytest.mark.parametrize("value", ["", "Tile", "random", None, 0], ids=repr)
-def test_token_order_is_one_of_two(value):
-    with pytest.raises(ValueError, match=r"^token_order: .*raster, tile"):
-        adaspa.CONFIG(token_order=value)
-    assert adaspa.CONFIG(token_order="raster").token_order == "raster"
+def test_token_order_is_one_of_three(config, value):
+    with pytest.raises(ValueError, match=r"^token_order: .*raster, tile, hilbert"):
+        config(token_order=value)
+    assert [config(token_order=order).token_order for order in ("raster", "tile", "hilbert")] == ["raster", "tile", "hilbert"]
+
+
+@pytest.mark.parametrize("config, knob, right, wrong", [
+    *[(config, "skipped_blocks", ("mean", "drop"), ("", "Mean", None, True)) for config in (adaspa.CONFIG, auto.CONFIG)],
+    *[(config, "block_q", (64, 128), (0, 32, 96, 256, -128, "128", None, math.nan)) for config in (adaspa.CONFIG, auto.CONFIG)],
+    (adaspa.CONFIG, "lse_cache", (True, False), (0, 1, "True", None)), (adaspa.CONFIG, "always_adapt", (True, False), (0, 1, "", None)),
+    (auto.CONFIG, "selection", ("error", "mass", "share"), ("", "Error", None, 1)),
+    (auto.CONFIG, "scope", ("layer", "head", "row"), ("", "run", None)),
+    (auto.CONFIG, "fidelity", (0, 0.0, 0.5, 0.999), (-0.01, 1.0, 1, 90, *NOT_NUMBERS)),
+    (auto.CONFIG, "sampled_rows", (1, 4096), (0, -1, 4097, 1.5, *NOT_NUMBERS)),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_the_other_knobs_of_methods_that_choose_blocks(config, knob, right, wrong):
+    for value in right:
+        settings = {"sparsity": 0.5} if knob == "selection" else {}
+        assert getattr(config(**settings, **{knob: value}), knob) == value
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{knob}: "):
+            config(**{knob: value})
 
 
 @pytest.mark.parametrize("knob", ["warmup_steps", "cache_refresh", "end_steps", "min_tokens", "sampled_rows"])

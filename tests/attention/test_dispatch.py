@@ -11,10 +11,11 @@ from pack import kernels
 from pack.attention.call import Dense
 from pack.attention.dispatch import MIN_TOKENS, sparse_attention
 from pack.attention.layout import VideoLayout
-from pack.attention.methods import METHODS, adaspa, svg
-from video_oracle import LAYOUTS, is_text, make_call, make_session, random_qkv, token_mask
+from pack.attention.methods import METHODS, adaspa, auto, svg
+from video_oracle import LAYOUTS, as_one_key, is_text, make_call, make_session, random_qkv, token_mask
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+that_search = pytest.mark.parametrize("method", [adaspa, auto], ids=["AdaSpa", "Auto"])
 SMALL = LAYOUTS["4x7x9"]  # 252 tokens
 WITH_TEXT = LAYOUTS["5x10x13+prefix"]
 
@@ -34,6 +35,7 @@ def gated(session=None, step=3, layer=1, layout=SMALL, q=None, k=None, **call):
 @pytest.mark.parametrize("reason, planned, answer", [
     pytest.param("warm-up step", True, lambda: gated(step=1), id="warm-up"),
     pytest.param("warm-up step", True, lambda: gated(make_session(adaspa, warmup=4), step=1), id="before AdaSpa's search"),
+    pytest.param("warm-up step", True, lambda: gated(make_session(auto, warmup=3), step=1), id="before Auto's search"),
     pytest.param("one of the last steps", True, lambda: gated(make_session(svg, end=2), step=8), id="end"),
     pytest.param("dense layer", True, lambda: gated(make_session(svg, dense_layers="1-2")), id="dense layer"),
     pytest.param("dense layer", True, lambda: gated(make_session(svg, dense_layers="-1", layers=6), layer=5), id="dense layer from the end"),
@@ -114,9 +116,9 @@ def test_a_precision_is_the_kernels(precision):
 @every_method
 def test_a_precision_that_cannot_be_had_is_said_once(method):
     layout, qkv = WITH_TEXT, random_qkv(WITH_TEXT, heads=2)
-    expected = outputs(make_session(method, sparsity=0.5, backend="torch"), layout, qkv, (1, 2, 3) if method is adaspa else (3, 4))
+    expected = outputs(make_session(method, sparsity=0.5, backend="torch"), layout, qkv, (1, 2, 3) if method.LEAST_WARMUP else (3, 4))
     run = make_session(method, sparsity=0.5, backend="torch", precision="int8")
-    assert all(torch.equal(a, b) for a, b in zip(outputs(run, layout, qkv, (1, 2, 3) if method is adaspa else (3, 4)), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(run, layout, qkv, (1, 2, 3) if method.LEAST_WARMUP else (3, 4)), expected, strict=True))
     said = "precision int8: the torch backend computes in the tensors' own precision alone"
     assert [note for note in run.record.notes if "precision" in note] == [f"{said}; computed in float32"] and run.record.sparse_calls == 2
     strict = make_session(method, sparsity=0.5, backend="torch", precision="int8", strict=True)
@@ -166,7 +168,7 @@ def test_sparsity_zero_is_dense_attention(method, name, padded, knobs):
     bias = masked_text(layout) if padded else None
     expected, _ = attention(*qkv, None if bias is None else (bias == 0)[:, None, None])
     run = make_session(method, sparsity=0.0, **knobs)
-    answers = outputs(run, layout, qkv, (1, 2, 5) if method is adaspa else (3, 4), key_bias=bias)
+    answers = outputs(run, layout, qkv, (1, 2, 5) if method.LEAST_WARMUP else (3, 4), key_bias=bias)
     assert all(relative_error(out, expected) < 1e-5 for out in answers)
     assert run.record.sparse_calls == 2
 
@@ -174,23 +176,39 @@ def test_sparsity_zero_is_dense_attention(method, name, padded, knobs):
 @every_method
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_the_output_is_attention_under_the_plan(method, padded):
+    assert_output_is_attention_under_the_plan(method, padded)
+
+
+@that_search
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("knobs", [
+    {"skipped_blocks": "drop"}, {"skipped_blocks": "drop", "token_order": "hilbert"}, {"token_order": "hilbert"}, {"token_order": "raster"},
+    {"block_q": 64}, {"backend": "reference"},
+], ids=str)
+def test_the_output_is_attention_under_the_plan_whatever_counts_as_a_block(method, padded, knobs):
+    assert_output_is_attention_under_the_plan(method, padded, **knobs)
+
+
+def assert_output_is_attention_under_the_plan(method, padded, **knobs):
     layout = LAYOUTS["7x9x11+suffix"]
     qkv = random_qkv(layout, batch=2, heads=2, dim=64)
     bias = masked_text(layout) if padded else None
-    run = make_session(method, sparsity=0.5)
-    out = outputs(run, layout, qkv, (1, 2), key_bias=bias)[-1] if method is adaspa else outputs(run, layout, qkv, (2,), key_bias=bias)[0]
+    run = make_session(method, sparsity=0.5, **knobs)
+    out = outputs(run, layout, qkv, (1, 2) if method.LEAST_WARMUP else (2,), key_bias=bias)[-1]
     call = make_call(layout, qkv, step=2, key_bias=bias)
     visible = token_mask(method.plan(call, run.config, run.state(call)), layout, 2, 2)
     assert not visible.all()
-    if padded:
-        visible = visible & (bias == 0)[:, None, None]
-    assert relative_error(out, attention(*qkv, visible)[0]) < 1e-5
+    blocks = as_one_key(run.config, layout)
+    expected = attention(*qkv, visible, key_bias=bias, blocks=blocks)[0]
+    assert relative_error(out, expected) < 1e-5
+    if blocks is not None:
+        assert relative_error(attention(*qkv, visible, key_bias=bias)[0], expected) > 1e-2, "skipped blocks count for nothing here"
 
 
 def searched_session(method, layout, qkv, **knobs):
     """A run whose next step is sparse."""
     run = make_session(method, **knobs)
-    if method is adaspa:
+    if method.LEAST_WARMUP:
         sparse_attention(make_call(layout, qkv, step=1), run)
     return run
 
@@ -254,9 +272,11 @@ def test_under_strict_out_of_memory_is_the_hosts_to_see(monkeypatch):
         sparse_attention(make_call(SMALL, random_qkv(SMALL, heads=5)), make_session(svg, strict=True))
 
 
-def test_out_of_memory_in_a_search_is_made_up_for(monkeypatch):
-    qkv, run = random_qkv(SMALL, heads=4), make_session(adaspa, sparsity=0.3)
-    measure, heads = kernels.block_mass, []
+@pytest.mark.parametrize("method, op", [(adaspa, "block_mass"), (auto, "block_errors")], ids=["AdaSpa", "Auto"])
+def test_out_of_memory_in_a_search_is_made_up_for(method, op, monkeypatch):
+    qkv, run = random_qkv(SMALL, heads=4), make_session(method, sparsity=0.3)
+    expected = outputs(searched_session(method, SMALL, qkv, sparsity=0.3), SMALL, qkv, (3,))[0]
+    measure, heads = getattr(kernels, op), []
 
     def tight(q, *args, **kwargs):
         heads.append(q.shape[1])
@@ -264,10 +284,10 @@ def test_out_of_memory_in_a_search_is_made_up_for(monkeypatch):
             raise torch.OutOfMemoryError("tight")
         return measure(q, *args, **kwargs)
 
-    monkeypatch.setattr(kernels, "block_mass", tight)
+    monkeypatch.setattr(kernels, op, tight)
     answers = [sparse_attention(make_call(SMALL, qkv, step=step), run) for step in (1, 2, 3)]
     assert [getattr(answer, "reason", "sparse") for answer in answers] == ["out of memory in the sparse path", "search step", "sparse"]
-    assert heads == [4, 2, 2]
+    assert heads == [4, 2, 2] and relative_error(answers[-1], expected) < 1e-6
 
 
 @every_method
@@ -293,15 +313,34 @@ def test_nan_and_inf_pass_through_as_in_dense_attention(method, which, row, bad)
     qkv[which, 0, 1, row, 3] = bad
     shown = ~attention(*qkv)[0].isfinite().all(-1)
     assert shown.any() and not shown.all()
-    for out in outputs(make_session(method, sparsity=0.5), WITH_TEXT, qkv, (1, 2, 5) if method is adaspa else (3, 4)):
+    for out in outputs(make_session(method, sparsity=0.5), WITH_TEXT, qkv, (1, 2, 5) if method.LEAST_WARMUP else (3, 4)):
         assert torch.equal(~out.isfinite().all(-1), shown)
+
+
+@that_search
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
+def test_nan_and_inf_in_a_skipped_block_pass_through_as_in_dense_attention(method, which, bad):
+    """A block that counts as one key still shows what is in it."""
+    layout = LAYOUTS["9x16x16"]
+    qkv = random_qkv(layout, heads=2)
+    run = make_session(method, sparsity=0.6)
+    sparse_attention(make_call(layout, qkv, step=1), run)
+    qkv[which, 0, 1, 700, 3] = bad
+    shown = ~attention(*qkv)[0].isfinite().all(-1)
+    assert shown[0, 1].any() and not shown[0, 0].any()
+    call = make_call(layout, qkv, step=2)
+    out = sparse_attention(call, run)
+    seen = token_mask(method.plan(call, run.config, run.state(call)), layout, 1, 2)[..., 700]
+    assert not seen[shown].all(), "every row keeps the block: this shows nothing"
+    assert torch.equal(~out.isfinite().all(-1), shown)
 
 
 @every_method
 @pytest.mark.parametrize("sparsity", [0.5, 0.65])
 def test_a_batch_together_or_apart_gives_the_same(method, sparsity):
     qkv = random_qkv(WITH_TEXT, batch=2, heads=5, seed=3)
-    steps = (1, 2, 5) if method is adaspa else (3, 4)
+    steps = (1, 2, 5) if method.LEAST_WARMUP else (3, 4)
     together = outputs(make_session(method, sparsity=sparsity), WITH_TEXT, qkv, steps)
     run = make_session(method, sparsity=sparsity)
     apart = [outputs(run, WITH_TEXT, qkv[:, b : b + 1], steps, condition=b) for b in range(2)]
@@ -314,7 +353,7 @@ def test_a_batch_together_or_apart_gives_the_same(method, sparsity):
 def test_states_do_not_mix(method, other):
     """Two taking turns give what each gives alone."""
     mine, theirs = random_qkv(WITH_TEXT, seed=1), random_qkv(WITH_TEXT, seed=2)
-    steps = (1, 2, 3) if method is adaspa else (3, 4, 5)
+    steps = (1, 2, 3) if method.LEAST_WARMUP else (3, 4, 5)
     knobs = {"sparsity": 0.5, "cache_refresh": 0}
     alone = outputs(make_session(method, **knobs), WITH_TEXT, mine, steps), outputs(make_session(method, **knobs), WITH_TEXT, theirs, steps, **other)
     run, turns = make_session(method, **knobs), ([], [])
@@ -346,7 +385,7 @@ def test_a_run_that_ended_leaves_no_tensor_and_the_next_starts_clean(method, int
     qkv = random_qkv(WITH_TEXT)
     calls = [make_call(WITH_TEXT, qkv, step=step) for step in (1, 2, 3)]
     before = tensors_alive()
-    run = make_session(method, sparsity=0.5, warmup=2 if method is adaspa else 1)
+    run = make_session(method, sparsity=0.5, warmup=2 if method.LEAST_WARMUP else 1)
     for call in calls:
         sparse_attention(call, run)
     if interrupted:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from pack.attention.layout import TILE, VideoLayout, in_sections, tile_major
-from video_oracle import LAYOUTS, frame_and_patch, is_text, video_rows
+from pack.attention.layout import TILE, VideoLayout, hilbert, in_sections, tile_major
+from video_oracle import LAYOUTS, frame_and_patch, hilbert_curve, is_text, video_rows
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,30 @@ def test_every_run_of_a_tiles_size_is_a_compact_box(size):
     runs = tile_major(torch.arange(frames * height * width, dtype=torch.int32).view(size)).view(-1, 4 * 4 * 4).long()
     for axis, coordinate in enumerate((runs // (height * width), runs // width % height, runs % width)):
         assert (coordinate.amax(1) - coordinate.amin(1) == TILE[axis] - 1).all() and (coordinate.amin(1) % TILE[axis] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (3, 5, 7), (13, 1, 6), (1, 17, 4), (5, 30, 52), (33, 9, 2), (8, 8, 8)], ids=str)
+def test_hilbert_order_holds_every_row_once(size):
+    rows = torch.arange(torch.Size(size).numel(), dtype=torch.int32).view(size) + 7
+    assert sorted(hilbert(rows).tolist()) == rows.flatten().tolist() and hilbert(rows).dtype == torch.int32
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_each_step_of_a_full_cube_goes_to_a_neighbour(bits):
+    edge = 2**bits
+    walk = hilbert(torch.arange(edge**3, dtype=torch.int32).view(edge, edge, edge)).long()
+    at = torch.stack([walk // edge**2, walk // edge % edge, walk % edge], 1)
+    assert ((at[1:] - at[:-1]).abs().sum(1) == 1).all()
+    # Each aligned run of 8, 64, ... is a cube: so a block of 64 keys is as compact as a tile.
+    for inner in range(1, bits):
+        runs = (at >> inner).view(-1, 8**inner, 3)
+        assert (runs == runs[:, :1]).all()
+    assert at.tolist() == [list(one) for one in hilbert_curve(bits)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_hilbert_order_of_other_videos_is_the_cubes_without_what_lies_outside(layout):
+    assert hilbert(layout.video_rows(CPU)).tolist() == video_rows(layout, "hilbert")
 
 
 def test_sections_start_at_block_edges_and_padding_is_only_at_their_ends():

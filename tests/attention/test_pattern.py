@@ -1,16 +1,17 @@
 """Patterns: what a file holds is what was found, a plan is found again by role and noise level, and damage never reaches a kernel."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from pack import kernels
 from pack.attention import pattern as module
+from pack.attention.blocks import VideoBlocks, pack
 from pack.attention.call import Dense
 from pack.attention.layout import VideoLayout
-from pack.attention.methods import adaspa, svg
-from pack.attention.methods.adaspa import VideoBlocks
+from pack.attention.methods import adaspa, auto, svg
 from pack.attention.pattern import Keeping, Kept, Pattern, PlanKey, Plans, Role, Roles
+from pack.kernels import PooledBlocks
 from video_oracle import make_call, make_session, random_qkv, token_mask
 
 LAYOUT = VideoLayout(4, 8, 9, prefix=20)
@@ -39,7 +40,7 @@ def found_by(method, steps=6, **knobs):
 
 def _plans(run, qkv, steps):
     plans = {}
-    for step in range(run.schedule.warmup - 1 if run.pattern is None and run.method is adaspa else run.schedule.warmup, steps):
+    for step in range(run.schedule.warmup - 1 if run.pattern is None and run.method.LEAST_WARMUP else run.schedule.warmup, steps):
         for name, scale in (("positive", 1.0), ("negative", -0.5)):
             call = make_call(LAYOUT, (qkv[0] * scale, *qkv[1:]), step=step, condition=(name, None))
             plan = run.method.plan(call, run.config, run.state(call))
@@ -50,12 +51,13 @@ def _plans(run, qkv, steps):
 
 @pytest.mark.parametrize("method, knobs", [
     (svg, {"sparsity": 0.3}), (svg, {"sparsity": 0.3, "cache_refresh": 0}), (adaspa, {"sparsity": 0.4, "refresh_at": 4}),
-    (adaspa, {"sparsity": 0.4, "cache_refresh": 1, "token_order": "raster"}),
+    (adaspa, {"sparsity": 0.4, "cache_refresh": 1, "token_order": "raster"}), (adaspa, {"sparsity": 0.4, "skipped_blocks": "drop"}),
+    (auto, {"fidelity": 0.6}), (auto, {"sparsity": 0.4, "token_order": "hilbert"}),
 ])
 def test_a_run_from_a_file_has_the_plans_of_the_run_that_made_it(method, knobs, monkeypatch):
     run, expected, qkv = found_by(method, **knobs)
     pattern = Pattern.from_file(*run.found_pattern(2).to_file())
-    for name in ("sampled_errors", "block_mass", "attention_with_mass", "attention_with_lse"):
+    for name in ("sampled_errors", "block_mass", "block_errors", "attention_with_mass", "attention_with_lse"):
         monkeypatch.setattr(kernels, name, None)
     again = make_session(method, steps=6, **knobs)
     for number, name in enumerate(("positive", "negative")):
@@ -65,6 +67,9 @@ def test_a_run_from_a_file_has_the_plans_of_the_run_that_made_it(method, knobs, 
     assert found.keys() == expected.keys() and len(found) >= 8
     for key, plan in found.items():
         assert torch.equal(token_mask(plan, LAYOUT, 1, 3), token_mask(expected[key], LAYOUT, 1, 3)), key
+        for part in fields(PooledBlocks) if plan.pooled is not None else ():  # of this call's keys and values, not of the file
+            assert torch.equal(getattr(plan.pooled, part.name), getattr(expected[key].pooled, part.name))
+        assert (plan.pooled is None) == (expected[key].pooled is None)
     masks = [token_mask(plan, LAYOUT, 1, 3) for plan in expected.values()]
     assert any(not torch.equal(masks[0], mask) for mask in masks), "all plans are alike: this shows nothing"
     assert again.record.to_json()["search_steps"] == []
@@ -140,6 +145,16 @@ def test_a_long_run_keeps_the_first_of_each_layer_and_no_more_than_there_is_room
     assert keeping.pattern("AdaSpa", None, None, replace(LAYOUT, frames=5), {}) is None
 
 
+def test_a_pattern_brings_the_fidelity_that_it_was_made_for():
+    run, _, _ = found_by(auto, fidelity=0.6)
+    pattern = Pattern.from_file(*run.found_pattern(2).to_file(), source="pattern a")
+    again = make_session(auto, steps=6, fidelity=0.95, token_order="raster")
+    again.start_from(pattern, replace(again.schedule, warmup=0))
+    assert (again.config.fidelity, again.config.sparsity, again.config.token_order) == (0.6, -1, "tile")
+    assert again.record.notes == ["started from pattern a, with its fidelity 0.6, token_order tile"]
+    assert again.record.asked_error == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("last", range(8))
 def test_the_longest_list_is_counted_from_the_bits(last):
     """Every number of columns modulo 8; a file cannot make a kernel write past its lists."""
@@ -151,7 +166,7 @@ def test_the_longest_list_is_counted_from_the_bits(last):
     keep[..., 0] = True
     keep[0, 0, 0] = True  # a row that keeps all needs no list
     figures = torch.full((1, 2), 0.5)
-    tensors = {"bits": adaspa._pack(keep), "density": figures, "recall": figures}
+    tensors = {"bits": pack(keep), "density": figures, "recall": figures}
     choice = adaspa.from_pattern(tensors, call, run.config, run)
     counts = keep.sum(-1)
     assert choice.max_count == int(counts[counts < blocks.columns].max())

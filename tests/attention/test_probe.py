@@ -11,10 +11,10 @@ from oracle import attention, relative_error
 from pack.attention.call import Dense
 from pack.attention.dispatch import sparse_attention
 from pack.attention.layout import VideoLayout
-from pack.attention.methods import METHODS, adaspa, svg
+from pack.attention.methods import METHODS, adaspa, auto, svg
 from pack.attention.probe import Probe, ProbeConfig, ProbeRecord, evenly_spaced, parse_sparsities, relative_errors, suggest
 from pack.attention.session import LayerState, Session
-from video_oracle import make_call, make_session, random_qkv, token_mask
+from video_oracle import as_one_key, make_call, make_session, random_qkv, token_mask
 
 LAYOUT = VideoLayout(9, 8, 8)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -91,7 +91,7 @@ def test_the_errors_are_those_of_the_plan_that_ran(method):
     for call in calls_of(1):
         if call.step in plans:
             exact = attention(call.q, call.k, call.v)[0]
-            seen = attention(call.q, call.k, call.v, token_mask(plans[call.step], LAYOUT, heads=2))[0]
+            seen = attention(call.q, call.k, call.v, token_mask(plans[call.step], LAYOUT, heads=2), blocks=as_one_key(session.config, LAYOUT))[0]
             expected += torch.tensor([relative_error(seen[:, head], exact[:, head]) for head in range(2)]) / 8
     assert found.heads()[1, ""] == pytest.approx(expected.tolist(), rel=1e-4)
     assert min(expected) > 0.05  # there is something to measure
@@ -138,7 +138,7 @@ def test_what_was_skipped_is_that_of_the_measured_calls(method, monkeypatch):
     assert method is not svg or abs(whole - found.achieved[0]) > 0.004, "the whole run's figure is another"
 
 
-@every_method
+@pytest.mark.parametrize("method", [svg, adaspa], ids=["SVG", "AdaSpa"])
 @pytest.mark.parametrize("asked, below", [(0.8, "0.7, 0.6"), (0.7, "0.8, 0.6"), (0.6, "0.8, 0.7"), (0.95, "0.94, 0.9")])
 def test_where_a_short_video_skips_alike_at_every_sparsity_the_patchs_own_is_kept(method, asked, below):
     """Two latent frames, of which the first is always kept by SVG, and four blocks, of which AdaSpa keeps half: both skip less than any asks for."""
@@ -161,6 +161,22 @@ def test_the_run_goes_on_as_without_a_probe(method):
         assert type(got) is type(wanted)
         assert torch.equal(got, wanted) if isinstance(wanted, torch.Tensor) else got.reason == wanted.reason
     assert session.record.sparse_calls == plain.record.sparse_calls == 8 and session.record.searches == plain.record.searches
+
+
+@pytest.mark.parametrize("sparsities", ["auto", "0.5, 0.3"])
+def test_what_a_fidelity_leaves_is_the_only_sparsity_that_is_measured(sparsities):
+    """Another sparsity would be another method; the run's own is told with its errors."""
+    session = make_session(auto, fidelity=0.6, layers=4)
+    found, outputs = run(session, ProbeConfig(steps=0, sparsities=sparsities))
+    assert found.sparsities == (-1,) and found.steps == set(range(2, 10)) and found.calls == 8
+    assert found.achieved == [pytest.approx(session.record.achieved_sparsity)] and 0 < found.achieved[0] < 1
+    errors = [relative_error(outputs[1, call.step], exact_of(call)) for call in calls_of(1) if call.step in found.steps]
+    assert found.by_layer()[1, ""] == pytest.approx(sum(errors) / 8, rel=0.05)
+    for bound, layers, way in ((2.0, "", None), (0.001, "1", "raise the patch's fidelity")):
+        advice = suggest(found, bound)
+        assert (advice.sparsity, advice.dense_layers) == (-1, layers)
+        assert "how much is skipped follows from the patch's fidelity, which is kept: it alone was measured" in advice.notes
+        assert way is None or any(way in note for note in advice.notes)
 
 
 def test_the_run_may_go_on_with_the_dense_output():

@@ -28,10 +28,13 @@ def is_first_frame(layout):
     return ~is_text(layout) & (frame_and_patch(layout)[0] == 0)
 
 
-def gaps(layout, kind):
-    """How far apart blocks lie, as {gap: pairs}: blocks of 128 queries, and of 64 keys of the frames after the first, in the kind's order."""
+def gaps(layout, kind, first_frame_sink=True):
+    """How far apart blocks lie, as {gap: pairs}: blocks of 128 queries, and of 64 keys of the frames after the first, in the kind's order.
+
+    Without the sink, keys of the first frame too.
+    """
     places = place(layout, kind)
-    first = is_first_frame(layout)
+    first = is_first_frame(layout) & first_frame_sink
     queries = chunks([int(places[row]) for row in video_rows(layout, kind)], BLOCK_Q)
     keys = chunks([int(places[row]) for row in video_rows(layout, kind) if not first[row]], BLOCK_K)
     pairs = {}
@@ -121,9 +124,52 @@ def test_sparsity_zero_keeps_everything(layout):
     assert all(kept_pairs(layout, bands, kind).all() for kind in KINDS) and bands.densities.tolist() == [1, 1] and bands.limits == ()
 
 
+@every_kind
+@every_case
+def test_without_its_sink_the_first_frame_is_like_any_other(name, sparsity, kind):
+    """Whole blocks by their distance alone, as many as the budget has room for; text stays."""
+    layout = LAYOUTS[name]
+    bands = Bands.build(layout, sparsity, CPU, first_frame_sink=False)
+    kept, text, places = kept_pairs(layout, bands, kind), is_text(layout), place(layout, kind)
+    assert kept[text].all() and kept[:, text].all()
+    width, by_gap = bands.widths[KINDS[kind]], gaps(layout, kind, first_frame_sink=False)
+    keys = chunks([int(places[row]) for row in video_rows(layout, kind)], BLOCK_K)
+    reach = torch.zeros(layout.video_tokens, dtype=torch.int64)
+    for block in keys:
+        reach[block] = block[-1] - block[0]
+    distance = (places[~text][:, None] - places[~text]).abs()
+    of_video = kept[~text][:, ~text]
+    assert of_video[distance <= width].all() and not of_video[distance > width + (BLOCK_Q - 1) + reach[places[~text].long()]].any()
+    cost, costs = int(text.sum()) * (2 * layout.seq_len - int(text.sum())), []
+    for gap in sorted(by_gap):
+        cost += by_gap[gap]
+        costs.append(cost)
+    asked, achieved = (1 - sparsity) * layout.seq_len**2, float(kept.sum())
+    assert abs(achieved - asked) == pytest.approx(min(abs(cost - asked) for cost in costs), abs=1e-3)
+
+
+def test_some_bands_leave_the_first_frame_out_where_it_is_no_sink():
+    left_out = dict.fromkeys(KINDS, False)
+    for layout in LAYOUTS.values():
+        for kind in KINDS:
+            first, text = is_first_frame(layout), is_text(layout)
+            left_out[kind] |= not kept_pairs(layout, Bands.build(layout, 0.7, CPU, first_frame_sink=False), kind)[~text][:, first].all()
+    assert all(left_out.values())
+
+
+def test_the_sink_is_asked_for_in_the_config():
+    layout, plans = LAYOUTS["9x16x16"], {}
+    for sink in (True, False):
+        run = make_session(svg, sparsity=0.7, first_frame_sink=sink)
+        call = make_call(layout, random_qkv(layout))
+        plans[sink] = token_mask(svg.plan(call, run.config, run.state(call)), layout, *call.q.shape[:2])
+    assert plans[True][..., is_first_frame(layout)].all() and not plans[False][..., is_first_frame(layout)].all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_row_is_in_each_order_once(layout):
-    plan = Bands.build(layout, 0.7, CPU).plan(torch.tensor([[False, True]]))
+@pytest.mark.parametrize("sink", [True, False], ids=["sink", "no sink"])
+def test_every_row_is_in_each_order_once(layout, sink):
+    plan = Bands.build(layout, 0.7, CPU, sink).plan(torch.tensor([[False, True]]))
     for order in (plan.q_order, plan.k_order):
         for rows in order.rows.tolist():
             assert sorted(row for row in rows if row >= 0) == list(range(layout.seq_len))
@@ -180,6 +226,34 @@ def test_heads_show_their_kind(layout, backend):
     call = make_call(layout, two_kinds_of_heads(layout, kinds))
     svg.plan(call, run.config, run.state(call))
     assert run.state(call).found.what.tolist() == [[kind == "temporal" for kind in row] for row in kinds]
+
+
+def drawn_types(seed=0, heads=64, batch=2, steps=(4,), layer=2, **settings):
+    """found.what [B, H] after calls in these steps, with head types by lot; none of them may look at the heads."""
+    layout = LAYOUTS["4x7x9"]
+    run = make_session(svg, head_types="random", **settings)
+    run.seed = seed
+    for step in steps:
+        call = make_call(layout, random_qkv(layout, batch=batch, heads=heads, dim=8), step=step, layer=layer)
+        svg.plan(call, run.config, run.state(call))
+    return run.state(call).found.what
+
+
+def test_types_by_lot_come_from_seed_step_layer_and_head_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "sampled_errors", lambda *args, **kwargs: pytest.fail("looked at the heads"))
+    torch.manual_seed(0)
+    first = drawn_types()
+    torch.manual_seed(1)
+    assert first.shape == (2, 64) and torch.equal(first, drawn_types()) and torch.equal(first[0], first[1])
+    assert torch.equal(first[:, :10], drawn_types(heads=10)) and torch.equal(first[:1], drawn_types(batch=1))
+    assert 16 < int(first[0].sum()) < 48  # half of 64, give or take four standard deviations
+    for other in ({"seed": 1}, {"steps": (5,)}, {"layer": 3}):
+        assert not torch.equal(first, drawn_types(**other))
+
+
+def test_types_by_lot_are_drawn_as_often_as_heads_would_be_looked_at():
+    assert torch.equal(drawn_types(steps=(4, 5)), drawn_types(steps=(5,)))
+    assert torch.equal(drawn_types(steps=(4, 5), cache_refresh=0), drawn_types(steps=(4,)))
 
 
 def test_a_tie_is_spatial():

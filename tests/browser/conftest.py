@@ -142,11 +142,17 @@ class Page:
     def assert_shows(self, node, data):
         """That the panel on a node shows the end of the run whose record this is. node: an expression for it."""
         panel = self.panel(node)
-        achieved, asked = f"{data['achieved_sparsity']:.0%}", f"{data['asked_sparsity']:.0%}"
+        achieved, counts = f"{data['achieved_sparsity']:.0%}", f" · {data['sparse_calls']} sparse, {data['dense_calls']} dense calls"
+        if data["asked_sparsity"] is None:
+            error, most = f"{data['measured_error']:.0%}", f"{data['asked_error']:.0%}"
+            head, mark, said = f"{achieved} skipped, off by {error}, {most} asked", "", f"{achieved} skipped, off by {error} (at most {most} asked)"
+        else:
+            mark = f"{data['asked_sparsity']:.0%}"
+            head, said = f"{achieved} skipped, {mark} asked", f"{achieved} skipped (asked {mark})"
         assert panel["state"] == "done" and panel["figures"] and panel["line_visible"]
-        assert panel["head"].split("\n") == [f"{achieved} skipped, {asked} asked", f"step {data['steps']}/{data['steps']}"]
-        assert (panel["fill"], panel["asked"]) == (achieved, asked)
-        assert f"{achieved} skipped (asked {asked}) · {data['sparse_calls']} sparse, {data['dense_calls']} dense calls" in panel["line"]
+        assert panel["head"].split("\n") == [head, f"step {data['steps']}/{data['steps']}"]
+        assert (panel["fill"], panel["asked"]) == (achieved, mark)
+        assert said + counts in panel["line"]
         assert panel["width"] > 100 and panel["height"] > 30
         assert panel["texts"] == 1, "the line is said once"
 

@@ -7,9 +7,10 @@ import pytest
 
 pytestmark = pytest.mark.host
 
-SVG, ADASPA = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"
+SVG, ADASPA, AUTO = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"
 # The videos are short, and every layer is to take part.
-ALL = {"dense_layers": "", "sparsity": 0.4}
+ALL = {"dense_layers": ""}
+ASKED = {SVG: {"sparsity": 0.4}, ADASPA: {"sparsity": 0.4}, AUTO: {"fidelity": 0.9}}
 NODE = "app.graph.getNodeById({})"
 BLUE, GREEN, AMBER, GREY = "rgb(74, 144, 217)", "rgb(63, 164, 91)", "rgb(224, 160, 48)", "rgb(138, 138, 138)"
 SEND = """(data) => app.api.dispatchCustomEvent("sparse_video_attention.run", data)"""
@@ -45,7 +46,7 @@ def graph(steps=4, **patches):
     }
     for number, (kind, settings) in patches.items():
         number = number.removeprefix("n")
-        made[number] = node(kind, model=["1", 0], **ALL | {"min_tokens": seed} | settings)
+        made[number] = node(kind, model=["1", 0], **ALL | ASKED[kind] | {"min_tokens": seed} | settings)
         made[number + "1"] = node(
             "KSampler", model=[number, 0], positive=["2", 0], negative=["3", 0], latent_image=["4", 0],
             seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
@@ -115,6 +116,33 @@ def test_a_run_that_skips_clearly_less_than_asked_is_amber(page):
         panel = page.panel(NODE.format(5))
         assert (panel["state"], panel["edge"], panel["colour"]) == (state, colour, colour), (state, achieved)
         assert page.page.evaluate(f"getComputedStyle({ELEMENT.format(NODE.format(5))}.querySelector('.sva-line')).fontWeight") == "400"
+
+
+def test_the_error_is_shown_where_that_was_asked_for(page):
+    page.load(graph(n5=(AUTO, {"fidelity": 0.9}), n7=(ADASPA, {})))
+    page.queue()
+    entry = page.finished()
+    page.picture("error")
+    data = record(entry, 5)
+    page.assert_shows(NODE.format(5), data)
+    assert page.panel(NODE.format(5))["edge"] == (AMBER if data["measured_error"] > 1.25 * data["asked_error"] else GREEN)
+    mark = f"{ELEMENT.format(NODE.format(5))}.querySelector('.sva-asked').checkVisibility()"
+    assert not page.page.evaluate(mark) and page.page.evaluate(mark.replace(NODE.format(5), NODE.format(7)))
+    about = {"line": "a line", "workflow": page.page.evaluate("app.graph.id"), "node": "5", "step": 4, "steps": 4, "asked": None, "achieved": 0.72}
+    cases = [
+        ("done", 0.1, 0.07, GREEN, "72% skipped, off by 7%, 10% asked"), ("done", 0.1, 0.125, GREEN, "72% skipped, off by 13%, 10% asked"),
+        ("done", 0.1, 0.126, AMBER, "72% skipped, off by 13%, 10% asked"), ("running", 0.1, 0.2, BLUE, "72% skipped, off by 20%, 10% asked"),
+        ("stopped", 0.1, 0.2, GREY, "72% skipped, off by 20%, 10% asked"), ("done", 0.01, 0.0075, GREEN, "72% skipped, off by 0.75%, 1% asked"),
+        ("done", 0.5, 1.5, AMBER, "72% skipped, off by 150%, 50% asked"), ("running", 0.1, None, BLUE, "72% skipped, 10% off asked"),
+    ]
+    for state, asked, error, colour, words in cases:
+        page.page.evaluate(SEND, about | {"state": state, "asked_error": asked, "error": error})
+        panel = page.panel(NODE.format(5))
+        assert (panel["state"], panel["edge"], panel["fill"], panel["asked"]) == (state, colour, "72%", ""), (state, asked, error)
+        assert panel["head"].split("\n")[0] == words and not page.page.evaluate(mark)
+    page.page.evaluate(SEND, about | {"state": "done", "asked": 0.7, "asked_error": None, "error": 0.3})
+    assert page.panel(NODE.format(5))["head"].startswith("72% skipped, off by 30%, 70% asked") and page.page.evaluate(mark)
+    assert page.errors == []
 
 
 def test_a_node_left_out_of_a_prompt_shows_no_run(page):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.host
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted((HERE.parent.parent / "workflows").glob("*.json"))
-PATCHES = ("SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa")
+PATCHES = ("SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto")
 # What stands behind a patch's sampler, and has its run's JSON as its third output, or has kept what it found.
 TELLING = ("SparseAttentionReport", "SparseAttentionProbeResults", "SparseAttentionSavePattern")
 NODE = "app.graph.getNodeById({})"

@@ -9,7 +9,7 @@ import torch
 from oracle import relative_error
 from torch.nn import functional as F
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 HEADS, DIM = 2, 64
 FLOOR = torch.finfo(torch.float32).min

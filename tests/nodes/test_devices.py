@@ -13,7 +13,7 @@ import torch
 from oracle import relative_error
 from pretend_device import pretended
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -9,7 +9,7 @@ import torch
 from allocations import OfOurs, no_large_pages
 from oracle import relative_error
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 every_method = pytest.mark.parametrize("method", METHODS)
 # Each phase of a run, early in it: AdaSpa keeps the LSE in step 0, searches in 1, runs sparse in 2 and searches again in 3. SVG profiles in 2 and 4.
@@ -18,7 +18,8 @@ RUN = {"steps": STEPS, "frames": 5}
 # Of a run with all phases, in the order in which they first come.
 OPS = {
     "svg": ("sampled_errors", "block_sparse_attention", "kept_pairs"),
-    "adaspa": ("attention_with_lse", "attention_with_mass", "block_sparse_attention", "kept_pairs", "block_mass"),
+    "adaspa": ("attention_with_lse", "attention_with_mass", "pool_blocks", "block_sparse_attention", "kept_pairs", "block_mass"),
+    "auto": ("attention_with_lse", "pool_blocks", "block_errors", "block_sparse_attention", "kept_pairs"),
 }
 every_op = pytest.mark.parametrize("method, op", [(method, op) for method, ops in OPS.items() for op in ops])
 

@@ -122,7 +122,8 @@ def test_an_unlisted_models_layout_is_inferred_where_the_length_is_the_videos(mo
 def test_small_models_get_gentler_settings(row):
     small, large = (row["Wan 2.1 / 2.2"].automatic(SimpleNamespace(dim=width)) for width in (1536, 5120))
     for method in ("SVG", "AdaSpa"):
-        assert small[method].sparsity < large[method].sparsity and small[method].warmup > large[method].warmup
+        assert small[method].sparsity < large[method].sparsity
+    assert all(small[method].warmup > large[method].warmup for method in ("SVG", "AdaSpa", "Auto"))
     sources = {row["Wan 2.1 / 2.2"].source(SimpleNamespace(dim=width)) for width in (1536, 5120)}
     assert len(sources) == 2
 
@@ -131,8 +132,10 @@ def test_every_row_says_what_automatic_means_and_why(models):
     for row in models.ROWS:
         network = SimpleNamespace(dim=5120)
         automatic = row.automatic(network)
-        assert set(automatic) == {"SVG", "AdaSpa"} and row.source(network), row.name
-        assert all(0 < each.sparsity <= 0.8 and 0.2 <= each.warmup <= 0.3 for each in automatic.values()), row.name
+        assert set(automatic) == {"SVG", "AdaSpa", "Auto"} and row.source(network), row.name
+        assert automatic["Auto"].sparsity == -1, "what its fidelity leaves"
+        assert all(0 < automatic[method].sparsity <= 0.8 for method in ("SVG", "AdaSpa")), row.name
+        assert len({each.warmup for each in automatic.values()}) == 1 and 0.2 <= automatic["Auto"].warmup <= 0.3, row.name
 
 
 def test_no_class_has_two_rows(models):
@@ -149,7 +152,7 @@ def test_a_layout_that_cannot_be_read_ends_sparsity_in_words(host, monkeypatch, 
     """As on a newer host that has renamed what a row reads."""
     model = host.load("wan")
     dense = host.sample(model, "wan")
-    for method in ("svg", "adaspa"):
+    for method in ("svg", "adaspa", "auto"):
         patched = host.patch(method, model, sparsity=0.5)
         with monkeypatch.context() as changed:
             row = host.module("video_models").find(model.get_model_object("diffusion_model"))

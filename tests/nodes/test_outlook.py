@@ -30,7 +30,7 @@ def load(host):
     return load
 
 
-@pytest.mark.parametrize("method, name", [("svg", "SVG"), ("adaspa", "AdaSpa")])
+@pytest.mark.parametrize("method, name", [("svg", "SVG"), ("adaspa", "AdaSpa"), ("auto", "Auto")])
 def test_the_node_says_what_attention_takes_and_from_where_it_is_worth_it(host, load, method, name):
     host.patch(method, load("Wan T2V"), min_tokens=-1)
     (line,) = host.shown
@@ -51,6 +51,17 @@ def test_the_start_says_tokens_layers_steps_and_the_gain(host, load):
     assert f"attention is about {expected.attention_share:.0%} of a step here" in text
     assert expected.high >= 1 and expected.low <= expected.high
     assert host.record(patched).costs()["expected"]["high"] == expected.high
+
+
+def test_no_gain_is_promised_where_the_search_finds_what_is_skipped(host, load):
+    case = _CASES["Wan T2V"]
+    patched = host.patch("auto", load("Wan T2V"), dense_layers="0")
+    zoo.sample(patched, case, case.sizes[0], steps=6)
+    found = re.fullmatch(
+        r"Auto starts · 576 video tokens, 2 layers · 1 of them sparse in up to 5 of 6 steps · attention is about \d+% of a step here · "
+        r"how much is skipped is found in the search", host.shown[1].text,
+    )
+    assert found and host.record(patched).expected is None and host.record(patched).costs()["expected"] is None
 
 
 def test_a_short_video_is_not_worth_it(host, load):
@@ -76,11 +87,26 @@ def test_why_little_is_gained(host, attention, steps, why):
     assert host.module("outlook")._but(attention, steps) == why
 
 
-def test_a_gain_too_small_is_called_one(host, load, monkeypatch):
+def test_a_gain_too_small_is_called_one(host, load):
     case = _CASES["Mochi"]
     patched = host.patch("svg", load("Mochi"))  # a wide network on a short video
     zoo.sample(patched, case, case.sizes[1])
     assert "hardly worth it: attention is about " in host.shown[1].text
+
+
+def test_a_gain_that_skipping_all_would_not_bring_is_called_too_small(host, load, monkeypatch):
+    case = _CASES["Wan T2V"]
+    outlook = host.module("outlook")
+    right, asked = outlook.cost.expected_gain, []
+
+    def expected_gain(step, rates, sparsity, *rest):
+        asked.append(sparsity)
+        return right(step, rates, sparsity, *rest)
+
+    monkeypatch.setattr(outlook.cost, "expected_gain", expected_gain)
+    monkeypatch.setattr(outlook.cost, "WORTH", 1000.0)
+    zoo.sample(host.patch("auto", load("Wan T2V")), case, case.sizes[0])
+    assert asked == [1.0] and "hardly worth it: attention is about " in host.shown[1].text and "found in the search" not in host.shown[1].text
 
 
 @pytest.mark.parametrize("name", _CASES)

@@ -11,7 +11,7 @@ import torch
 from load_pack import ROOT
 from oracle import attention, relative_error
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 every_method = pytest.mark.parametrize("method", METHODS)
 PROBE, RESULTS = "SparseAttentionProbe", "SparseAttentionProbeResults"
 SLOWER = "slower than usual: a probe computed 12 calls both ways"
@@ -102,7 +102,9 @@ def test_a_bad_layer_comes_first_and_what_is_suggested_fits_the_patches(host, mo
     monkeypatch.undo()
     assert [row["layer"] for row in data["worst"]] == [1, 1, 0, 0]
     assert isinstance(dense_layers, str) and isinstance(sparsity, float)
-    assert (dense_layers, sparsity) == ("1", {"svg": 0.7, "adaspa": 0.8}[method]) and data["suggestion"]["notes"] == []
+    kept = ["how much is skipped follows from the patch's fidelity, which is kept: it alone was measured"]
+    assert (dense_layers, sparsity) == ("1", {"svg": 0.7, "adaspa": 0.8, "auto": -1}[method])
+    assert data["suggestion"]["notes"] == (kept if method == "auto" else [])
     assert 'dense_layers "1"' in table and 'dense_layers "1"' in host.shown[-1].text and host.shown[-1].node == "8"
     for name in METHODS:
         patched = host.patch(name, host.load("wan"), dense_layers=dense_layers, sparsity=sparsity)
@@ -111,7 +113,7 @@ def test_a_bad_layer_comes_first_and_what_is_suggested_fits_the_patches(host, mo
         assert (record.sparse_calls, record.reasons["dense layer"] > 0) == (3, True)
 
 
-@every_method
+@pytest.mark.parametrize("method", ["svg", "adaspa"])
 def test_the_suggestion_keeps_the_bound(host, method):
     model = probed(host, host.patch(method, host.load("wan")), sparsities="0.1, 0.3, 0.5", steps=0)
     host.sample(model, "wan")
@@ -126,6 +128,29 @@ def test_the_suggestion_keeps_the_bound(host, method):
         shares = [one["achieved"] * sum(error <= bound for error in one["error_by_layer"].values()) / 2 for one in data["sparsities"]]
         assert data["suggestion"]["skipped"] == pytest.approx(max(shares), abs=1e-5) == pytest.approx(row["achieved"] * len(kept) / 2, abs=1e-5)
     assert (dense_layers, data["suggestion"]["skipped"]) == ("0-1", 0)
+
+
+@pytest.mark.parametrize("sparsities", ["auto", "", "0.5, 0.2"])
+def test_what_a_fidelity_leaves_is_measured_alone_and_no_sparsity_is_made_up(host, spied, sparsities):
+    model = probed(host, host.patch("auto", host.load("wan"), fidelity=0.9), steps=0, sparsities=sparsities)
+    host.sample(model, "wan")
+    (row,) = results(host, model)[1]["sparsities"]
+    errors = [
+        relative_error(output[:, head], attention(call.q, call.k, call.v)[0][:, head])
+        for call, _, output in spied if isinstance(output, torch.Tensor) and call.layer == 0 for head in range(2)
+    ]
+    assert row["asked"] is None and row["error_by_layer"]["0"] == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=2e-6) and len(errors) == 6
+    assert row["achieved"] == pytest.approx(host.record(model).achieved_sparsity, abs=1e-6)
+    bound = (row["error_by_layer"]["0"] + row["error_by_layer"]["1"]) / 2
+    bad = max(row["error_by_layer"], key=row["error_by_layer"].get)
+    for most, layers in ((10.0, ""), (bound, bad), (1e-6, "0-1")):
+        table, data, dense_layers, sparsity = results(host, model, most)
+        line = host.shown[-1].text
+        assert (dense_layers, sparsity, data["suggestion"]["sparsity"]) == (layers, -1, None)
+        assert f'suggested: dense_layers "{layers}" · ' in line and ", sparsity" not in line and "sparsity -1" not in table
+        assert ("no probed layer stays at or under 1e-06: allow a larger error, or raise the patch's fidelity" in line) == (layers == "0-1")
+        (asked,) = [line for line in table.splitlines() if line.startswith("asked ")]
+        assert asked.split() == ["asked", "-"] and "\nerror of each head\n" in table
 
 
 def test_the_table_shows_what_was_skipped_at_each_asked_sparsity(host):
@@ -286,7 +311,7 @@ def test_a_later_patch_is_probed_in_its_turn(host, method):
     """The order of nodes hardly matters: a patch after the probe takes over, with the probe."""
     model = host.patch(method, probed(host, host.patch("svg", host.load("wan")), steps=1))
     host.sample(model, "wan")
-    assert results(host, model)[1]["method"] == {"svg": "SVG", "adaspa": "AdaSpa"}[method]
+    assert results(host, model)[1]["method"] == {"svg": "SVG", "adaspa": "AdaSpa", "auto": "Auto"}[method]
 
 
 def test_timing_leaves_probed_calls_out(host):
@@ -350,7 +375,7 @@ def test_what_the_page_says_of_the_json(host):
     assert [key for key in {**data, **data["suggestion"], **data["sparsities"][0], **data["worst"][0]} if f"`{key}`" not in page] == []
 
 
-@every_method
+@pytest.mark.parametrize("method", ["svg", "adaspa"])
 def test_suggestions_link_to_the_inputs_of_their_names(host, method):
     outputs = {part.display_name: part.io_type for part in host.node(RESULTS).GET_SCHEMA().outputs}
     name = {"svg": "SparseAttentionPatchSVG", "adaspa": "SparseAttentionPatchAdaSpa"}[method]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from allocations import Recording, is_ours, no_large_pages
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -118,7 +118,8 @@ def test_no_model_leaves_anything_in_the_recording(host, method, family, recordi
     out, record = run(host, recording, method, family, cfg=5.0)
     assert recording.broken == []
     assert record.sparse_calls == 3 * 2 * host.layers[family]
-    assert recording.ops == ({"sampled_errors"} if method == "svg" else {"attention_with_lse", "block_mass"}) | {"block_sparse_attention"}
+    found = {"svg": {"sampled_errors"}, "adaspa": {"attention_with_lse", "block_mass"}, "auto": {"attention_with_lse", "block_errors"}}[method]
+    assert recording.ops == found | {"block_sparse_attention"} | (set() if method == "svg" else {"pool_blocks"})
     assert torch.equal(out, host.sample(host.patch(method, host.load(family), sparsity=0.4), family, cfg=5.0, frames=5))
 
 

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 every_method = pytest.mark.parametrize("method", METHODS)
 
+NAMES = {"svg": "SVG", "adaspa": "AdaSpa", "auto": "Auto"}
+FOUND = {"svg": "temporal_share_by_layer_and_head", "adaspa": "recall_by_layer_and_head", "auto": "error_by_layer_and_head"}
+PANELS = {"svg": "Types of heads", "adaspa": "Attention weight kept", "auto": "Off from dense attention"}
 # The form of a record, which tools read.
 PROMISED = (
     "schema", "method", "asked_sparsity", "achieved_sparsity", "run_sparsity", "sparse_calls", "dense_calls", "reasons", "tokens", "steps",
@@ -45,14 +48,14 @@ def test_the_report_tells_the_run_that_made_the_samples(host, method):
     assert samples is LATENT and shows_something(image)
     assert data == json.loads(json.dumps({**record.to_json(), "costs": record.costs()}))
     assert [name for name in PROMISED if name not in data] == []
-    assert (data["schema"], data["method"], data["seed"]) == (1, {"svg": "SVG", "adaspa": "AdaSpa"}[method], 3)
+    assert (data["schema"], data["method"], data["seed"]) == (1, NAMES[method], 3)
     assert (data["asked_sparsity"], data["tokens"], data["steps"], data["layers"]) == (0.4, 576, 4, 2)
     assert (data["sparse_calls"], data["dense_calls"], data["outcome"], data["model"]) == (6, 2, "finished", "Wan 2.1 / 2.2")
     assert data["achieved_sparsity"] == pytest.approx(0.4, abs=64 / 576)
     assert data["run_sparsity"] == pytest.approx(data["achieved_sparsity"] * 3 / 4, abs=1e-6)
     table = data["sparsity_by_layer_and_step"]
     assert [row[0] for row in table] == [0, 0] and all(value > 0.2 for row in table for value in row[1:])
-    found = data["temporal_share_by_layer_and_head" if method == "svg" else "recall_by_layer_and_head"]
+    found = data[FOUND[method]]
     assert list(found) == ["0", "1"] and all(len(heads) == 2 and all(0 <= value <= 1 for value in heads) for heads in found.values())
 
 
@@ -190,7 +193,7 @@ def test_the_picture_counts_as_the_json_and_can_be_read_small(host, method, draw
     figure, panels = drawn()
     assert can_be_read_small(image, figure)
     assert list(panels) == [
-        "Attention skipped", "Types of heads" if method == "svg" else "Attention weight kept", "Pairs computed",
+        "Attention skipped", PANELS[method], "Pairs computed",
         "Time of a call (ms)", "Calls by step",
     ]
     plot = panels["Attention skipped"]
@@ -199,7 +202,7 @@ def test_the_picture_counts_as_the_json_and_can_be_read_small(host, method, draw
     assert torch.allclose(torch.tensor(table.get_array()), torch.tensor(data["sparsity_by_layer_and_step"]))
     steps = panels["Calls by step"]
     for axes in (plot, steps):
-        assert [line.get_xdata()[0] for line in axes.get_lines()] == data["search_steps"] and bool(data["search_steps"]) == (method == "adaspa")
+        assert [line.get_xdata()[0] for line in axes.get_lines()] == data["search_steps"] and bool(data["search_steps"]) == (method != "svg")
         assert axes.get_xticks().tolist() == [0, 1, 2, 3, 4, 5] and axes.get_xlim() == (-0.5, 5.5)
     for kind, bars in zip(("sparse", "dense"), steps.containers, strict=True):
         assert [bar.get_height() for bar in bars] == data["calls_by_step"][kind] and bars.get_label() == kind
@@ -233,6 +236,26 @@ def test_the_weight_kept_is_drawn_by_head(host, drawn):
     assert list(means.get_xdata()) == pytest.approx([sum(heads) / 2 for heads in recall.values()]) and means.get_linestyle() == "None"
     low, high = axes.get_xlim()
     assert low <= 0 and high >= 1 and axes.get_ylim() == (1.5, -0.5) and axes.get_legend() is None
+
+
+@pytest.mark.parametrize("settings, asked", [({"fidelity": 0.98}, 0.02), ({"fidelity": 0.5}, 0.5), ({"sparsity": 0.4}, None)])
+def test_the_error_is_drawn_by_head_beside_what_was_asked(host, drawn, settings, asked):
+    patched = host.patch("auto", host.load("wan"), **settings)
+    host.sample(patched, "wan")
+    _, image, data = host.report(patched, LATENT, PROMPT)
+    errors, (figure, panels) = data["error_by_layer_and_head"], drawn()
+    axes = panels["Off from dense attention"]
+    *spans, means = axes.get_lines()[:3]
+    assert [list(span.get_xdata()) for span in spans] == [pytest.approx([min(heads), max(heads)]) for heads in errors.values()]
+    assert list(means.get_xdata()) == pytest.approx([sum(heads) / 2 for heads in errors.values()]) and means.get_linestyle() == "None"
+    assert [line.get_xdata()[0] for line in axes.get_lines()[3:]] == ([] if asked is None else [asked])
+    low, high = axes.get_xlim()
+    assert low <= 0 and high >= max(asked or 0, *(max(heads) for heads in errors.values())) and axes.get_ylim() == (1.5, -0.5)
+    assert can_be_read_small(image, figure) and ("dashed" in axes.get_xlabel()) == (asked is not None)
+    words, percent = " ".join(figure.texts[0].get_text().split()), host.module("status").percent
+    what = f"asked {0.4:.1%}" if asked is None else f"at most {percent(asked)} asked"
+    off = f"off by {percent(data['measured_error'])}"
+    assert f"{data['achieved_sparsity']:.1%} skipped in sparse calls, {off} ({what}), {data['run_sparsity']:.1%} over the whole run" in words
 
 
 def test_a_run_of_one_step_has_one_step_on_its_axes(host, drawn):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import relative_error
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
 
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -11,10 +11,18 @@ from dataclasses import fields
 import pytest
 from load_pack import ROOT
 
-SVG, ADASPA, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionReport"
-METHODS = {SVG: "svg", ADASPA: "adaspa"}
-OPEN = ["sparsity", "warmup_steps", "cache_refresh"]  # the inputs that are seen without asking for the advanced ones
-NAMES = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch", REPORT: "Sparse Attention Report"}
+SVG, ADASPA, AUTO, REPORT = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto", "SparseAttentionReport"
+METHODS = {SVG: "svg", ADASPA: "adaspa", AUTO: "auto"}
+# The inputs that are seen without asking for the advanced ones; the first says how much is skipped, and is not the same for all.
+OPEN = {name: [knob, "warmup_steps", "cache_refresh"] for name, knob in ((SVG, "sparsity"), (ADASPA, "sparsity"), (AUTO, "fidelity"))}
+NAMES = {SVG: "Sparse Attention Patch (SVG)", ADASPA: "AdaSpa Patch", AUTO: "Sparse Attention Patch (Auto)", REPORT: "Sparse Attention Report"}
+# What comparisons turn and nobody else: no inputs.
+NO_INPUTS = {
+    SVG: {"first_frame_sink", "head_types"}, ADASPA: {"block_q", "lse_cache", "always_adapt"},
+    AUTO: {"sparsity", "token_order", "block_q", "selection", "scope", "skipped_blocks", "sampled_rows"},
+}
+# What a node got after it was released, in that order.
+NEWEST = {SVG: ["precision"], ADASPA: ["precision", "skipped_blocks"]}
 
 every_patch = pytest.mark.parametrize("name", METHODS)
 
@@ -42,7 +50,7 @@ def test_every_node_can_be_found_and_read(host, name):
 def test_the_inputs_of_a_patch_are_a_model_and_optional_widgets(host, name):
     model, *widgets = host.node(name).GET_SCHEMA().inputs
     assert (model.id, model.io_type, bool(model.optional)) == ("model", "MODEL", False)
-    assert [part.id for part in widgets if not part.advanced] == [part.id for part in widgets[: len(OPEN)]] == OPEN
+    assert [part.id for part in widgets if not part.advanced] == [part.id for part in widgets[: len(OPEN[name])]] == OPEN[name]
     assert all(part.optional for part in widgets)
     assert all(part.step for part in widgets if part.io_type in ("INT", "FLOAT"))
     assert [part.io_type for part in host.node(name).GET_SCHEMA().outputs] == ["MODEL"]
@@ -83,15 +91,16 @@ def test_the_report_needs_samples(host):
 @every_patch
 def test_the_widgets_are_the_knobs_of_the_method_with_its_defaults(host, name):
     widgets = {part.id: part.default for part in host.node(name).GET_SCHEMA().inputs[1:]}
-    assert widgets == {field.name: field.default for field in fields(config(name))}
+    knobs = {field.name: field.default for field in fields(config(name))}
+    assert NO_INPUTS[name] <= knobs.keys() and widgets == {knob: default for knob, default in knobs.items() if knob not in NO_INPUTS[name]}
 
 
-@every_patch
-def test_a_workflow_of_before_the_newest_input_existed_runs_as_then(host, name):
-    """Saved values stand by place: a file without the last one gives all the others to their own inputs."""
+@pytest.mark.parametrize("name", NEWEST)
+def test_a_workflow_of_before_the_newest_inputs_existed_runs_as_then(host, name):
+    """Saved values stand by place: a file without the last ones gives all the others to their own inputs."""
     widgets = [part.id for part in host.node(name).GET_SCHEMA().inputs[1:]]
     saved = {SVG: [0.3, 1, 2, "1", 1, 0, 16, "torch", True], ADASPA: [0.3, 1, 2, "1", 1, 0, False, "raster", "torch", True]}[name]
-    assert widgets[len(saved):] == ["precision"]
+    assert widgets[len(saved):] == NEWEST[name]
     patched = host.execute(name, {"model": host.load("wan"), **dict(zip(widgets, saved, strict=False))}, "5").result[0]
     host.sample(patched, "wan")
     record = host.record(patched)
@@ -109,8 +118,10 @@ def test_a_workflow_of_before_any_input_existed_still_runs(host, name):
     assert host.record(patched).config == config(name)()
 
 
-BAD = [
+BAD_SPARSITY = [
     ("sparsity", 0.96), ("sparsity", -0.01), ("sparsity", math.nan), ("sparsity", math.inf), ("sparsity", "0.5"), ("sparsity", None),
+]
+BAD = [
     ("warmup_steps", -2), ("warmup_steps", 1.5), ("warmup_steps", math.nan), ("warmup_steps", "all"),
     ("cache_refresh", -2), ("cache_refresh", 0.5), ("cache_refresh", math.nan),
     ("end_steps", -1), ("end_steps", 2.5), ("end_steps", math.nan), ("min_tokens", -2), ("min_tokens", math.nan),
@@ -119,8 +130,12 @@ BAD = [
     ("precision", "fp4"), ("precision", ""), ("precision", None),
 ]
 OWN_BAD = {
-    SVG: [("sampled_rows", 0), ("sampled_rows", 4097), ("sampled_rows", 1.5), ("sampled_rows", math.nan)],
-    ADASPA: [("token_order", "rows"), ("token_order", None), ("head_adaptive", "yes"), ("head_adaptive", None)],
+    SVG: [*BAD_SPARSITY, ("sampled_rows", 0), ("sampled_rows", 4097), ("sampled_rows", 1.5), ("sampled_rows", math.nan)],
+    ADASPA: [
+        *BAD_SPARSITY, ("token_order", "rows"), ("token_order", None), ("head_adaptive", "yes"), ("head_adaptive", None),
+        ("skipped_blocks", "median"), ("skipped_blocks", None), ("skipped_blocks", True),
+    ],
+    AUTO: [("fidelity", value) for value in (1.0, 0.9991, -0.01, -1, math.nan, math.inf, "0.9", None, True)],
 }
 
 

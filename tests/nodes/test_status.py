@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -30,6 +30,12 @@ def clock(host, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(host.module("status"), "time", SimpleNamespace(monotonic=clock))
     return clock
+
+
+def _skipped(record):
+    """The share skipped, what it is off by where that is measured, and what was asked."""
+    off = "" if record.measured_error is None else f", off by {record.measured_error:.0%}"
+    return f"{record.achieved_sparsity:.0%} skipped{off} (asked {record.asked_sparsity:.0%})"
 
 
 def _measured(record):
@@ -74,7 +80,8 @@ def test_the_live_line_tells_step_share_counts_and_reasons(host, method, clock):
     reason = "warm-up step" if method == "svg" else "search step"
     assert live[0] == f"{record.method} 1/4 · 0 sparse, 0 dense calls"
     assert live[1] == f"{record.method} 2/4 · 0 sparse, 2 dense calls · dense: {reason} (2)"
-    assert live[2].startswith(f"{record.method} 3/4 · ") and " skipped (asked 40%) · 2 sparse, 2 dense calls" in live[2]
+    assert re.match(rf"{record.method} 3/4 · \d+% skipped(, off by \d+%)? \(asked 40%\) · 2 sparse, 2 dense calls", live[2])
+    assert ("off by" in live[2]) == (method == "auto")
     assert all(line.node == "5" and line.client == "client" for line in host.shown)
 
 
@@ -88,7 +95,7 @@ def test_the_closing_line_has_the_figures_of_the_record(host, method, caplog):
     (reason,) = record.reasons
     assert text.split(" · ") == [
         record.method, "done", f"{record.run_sparsity:.0%} of the whole run's attention skipped",
-        f"in sparse calls {record.achieved_sparsity:.0%} skipped (asked 40%)",
+        f"in sparse calls {_skipped(record)}",
         f"{record.sparse_calls} sparse, {record.dense_calls} dense calls", f"dense: {reason} (2)", *_measured(record),
         *record.notes,
     ]
@@ -144,6 +151,49 @@ def test_where_a_precision_cannot_run_the_models_own_is_used_and_it_is_said(host
     assert "Set backend" not in str(caught.value)
 
 
+def _record(host, fidelity, shares=(0.7,), errors=()):
+    """A finished run of Auto, by its figures alone."""
+    of_record, auto = (importlib.import_module(f"pack.attention.{name}") for name in ("record", "methods.auto"))
+    record = of_record.RunRecord("Auto", auto.CONFIG(fidelity=fidelity), 4, 1, 0, 1)
+    record.outcome, layout = "finished", importlib.import_module("pack.attention.layout").VideoLayout(9, 8, 8)
+    for step, share in enumerate(shares, 1):
+        record.sparse(SimpleNamespace(step=step, layer=0, stack="", layout=layout), of_record.Figures(density=torch.full((1, 2), 1 - share)))
+    for error in errors:
+        record.measured(1, (0, ""), error)
+    record.flush(wait=True)
+    return record
+
+
+@pytest.mark.parametrize("fidelity, errors, said", [
+    (0.9, (), "72% skipped (at most 10% off asked)"), (0.9, (0.06, 0.08), "72% skipped, off by 7% (at most 10% asked)"),
+    (0.99, (0.0075,), "72% skipped, off by 0.75% (at most 1% asked)"), (0.5, (1.2,), "72% skipped, off by 120% (at most 50% asked)"),
+    (0.995, (0.0,), "72% skipped, off by 0% (at most 0.5% asked)"),
+])
+def test_what_a_fidelity_leaves_is_said_with_the_error_measured_and_asked(host, fidelity, errors, said):
+    record = _record(host, fidelity, (0.7, 0.74), errors)
+    status = host.module("status")
+    assert status.line(record) == f"Auto 1/4 · {said} · 2 sparse, 0 dense calls"
+    assert status.closing_line(record) == f"Auto · done · 72% of the whole run's attention skipped · in sparse calls {said} · 2 sparse, 0 dense calls"
+    told = json.loads(json.dumps(status.figures(record), allow_nan=False))
+    mean = pytest.approx(sum(errors) / len(errors)) if errors else None
+    assert (told["asked"], told["achieved"], told["asked_error"], told["error"]) == (None, pytest.approx(0.72), pytest.approx(1 - fidelity), mean)
+
+
+def test_a_run_of_the_auto_node_says_what_it_skipped_and_how_far_off_it_was(host, told, clock):
+    """From a run: with nothing measured yet, under way, and at the end."""
+    def tick(*_):
+        clock.now += 1
+
+    patched = host.patch("auto", host.load("wan"), fidelity=0.98)
+    host.sample(patched, "wan", callback=tick)
+    record = host.record(patched)
+    error = rf"{100 * record.measured_error:.2g}%" if record.measured_error < 0.02 else f"{record.measured_error:.0%}"
+    assert f" · in sparse calls {record.achieved_sparsity:.0%} skipped, off by {error} (at most 2% asked) · " in host.shown[-1].text
+    events = [data for _, data, _ in told[::2]]
+    assert [data["error"] is None for data in events] == [True, True, False, False, False] and {data["asked"] for data in events} == {None}
+    assert (events[-1]["error"], events[-1]["asked_error"]) == (record.measured_error, 0.02) and 0 < record.measured_error < 0.1
+
+
 @every_method
 def test_a_run_that_this_node_never_saw_says_what_may_be_the_cause(host, method):
     """As when a cache answers every evaluation."""
@@ -155,14 +205,14 @@ def test_a_run_that_this_node_never_saw_says_what_may_be_the_cause(host, method)
     assert "⚠" in host.shown[-1].text and "a cache skipped every step" in host.shown[-1].text
 
 
-@every_method
+@pytest.mark.parametrize("method", ["svg", "adaspa"])
 def test_a_short_budget_is_said_with_what_is_possible(host, method):
     patched = host.patch(method, host.load("wan"), sparsity=0.95)
     host.sample(patched, "wan", frames=3)
     record = host.record(patched)
     limits = [note for note in record.notes if re.match(r"(3 latent frames|192 video tokens).*: at most 0\.\d+ can be skipped", note)]
     assert limits and all(limit in host.shown[-1].text for limit in limits)
-    assert 0 < record.achieved_sparsity < 0.95 and f"{record.achieved_sparsity:.0%} skipped (asked 95%)" in host.shown[-1].text
+    assert 0 < record.achieved_sparsity < 0.95 and _skipped(record) in host.shown[-1].text
 
 
 def test_without_a_server_or_a_node_nothing_is_shown_and_all_works(host, monkeypatch):
@@ -251,9 +301,19 @@ def test_the_panel_is_told_which_workflow_runs(host, told, monkeypatch):
     assert running(prompt_id, {}) == {None}
 
 
+def test_the_panels_script_knows_the_figures_by_their_names(host):
+    """What it reads of an event is what is sent, and it finds an error too large where the method does."""
+    script = (Path(__file__).resolve().parents[2] / "web" / "panel.js").read_text(encoding="utf-8")
+    record = _record(host, 0.9)
+    sent = {*host.module("status").figures(record), "node", "workflow", "line"}
+    assert set(re.findall(r"\bdata\.(\w+)", script)) - {"leftOut"} == sent - {"method"}
+    assert f"const MOST_OFF = {importlib.import_module('pack.attention.methods.auto')._DRIFT};" in script
+
+
 def test_the_panels_script_listens_to_what_is_sent(host):
     script = (Path(__file__).resolve().parents[2] / "web" / "panel.js").read_text(encoding="utf-8")
     assert f'const EVENT = "{host.module("host").RUN_EVENT}";' in script
     names = {name: re.findall(r'"(\w+)"', listed) for name, listed in re.findall(r"const (\w+) = new Set\(\[(.*)\]\)", script)}
     told = {node.__name__ for node in importlib.import_module("pack.nodes").NODES} - {"SparseAttentionReport"}  # which shows a picture
-    assert names["PATCHES"] == ["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"] and told == {*names["PATCHES"], *names["TELLERS"]}
+    assert names["PATCHES"] == ["SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"]
+    assert told == {*names["PATCHES"], *names["TELLERS"]}

@@ -1,4 +1,4 @@
-"""Every row of the table of video models, on the real ComfyUI's own classes (SVA_HOST=real), with both methods."""
+"""Every row of the table of video models, on the real ComfyUI's own classes (SVA_HOST=real), with every method."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ import torch
 import zoo
 from oracle import relative_error
 
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 BLOCK_K = 64
 _CASES = {case.name: case for case in zoo.CASES}
 
@@ -36,11 +36,11 @@ def case(host, name):
     return case
 
 
-def _runs(case):
-    """(size, batch, cfg): every size, every batch and every guidance at least once."""
+def _runs(case, method):
+    """(size, batch, cfg): every size, every batch and every guidance at least once. The last alone for Auto, whose blocks lie as AdaSpa's."""
     first, second, odd = case.sizes
     batch, cfg = case.batches[-1], case.cfgs[-1]
-    return [(first, 1, 1.0), (second, batch, cfg), (odd, 1, cfg)]
+    return [(first, 1, 1.0), (second, batch, cfg), (odd, 1, cfg)][2 if method == "auto" else 0 :]
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def _keep(case, method, **figures):
 @every_case
 def test_at_sparsity_0_the_video_is_the_unpatched_models(host, case, method, name):
     worst = 0.0
-    for size, batch, cfg in _runs(case):
+    for size, batch, cfg in _runs(case, method):
         dense, _ = _dense(name, size, batch, cfg)
         patched = host.patch(method, zoo.load(case), sparsity=0.0)
         worst = max(worst, relative_error(zoo.sample(patched, case, size, batch, cfg), dense))
@@ -87,7 +87,7 @@ def test_at_sparsity_0_the_video_is_the_unpatched_models(host, case, method, nam
 @every_case
 def test_half_is_skipped_where_half_is_asked_and_nothing_else_is_touched(host, case, method, name):
     achieved = []
-    for size, batch, cfg in _runs(case):
+    for size, batch, cfg in _runs(case, method):
         dense, before = _dense(name, size, batch, cfg)
         after = Counter()
         patched = host.patch(method, _watched(zoo.load(case), after), sparsity=0.5)
@@ -104,9 +104,21 @@ def test_half_is_skipped_where_half_is_asked_and_nothing_else_is_touched(host, c
         tokens = record.layout.seq_len
         video = Counter({(tokens, tokens): before[tokens, tokens]})
         assert after - video == before - video, "calls that are not the video's"
-        assert video[tokens, tokens] == 2 * layers * (1 if after[tokens, tokens] <= layers else 2) or method == "adaspa"
+        assert video[tokens, tokens] == 2 * layers * (1 if after[tokens, tokens] <= layers else 2) or method != "svg"
         achieved.append(record.achieved_sparsity)
     _keep(case, method, achieved=achieved, asked=0.5, tokens=[case.expected(size).seq_len for size in case.sizes])
+
+
+@every_case
+def test_a_fidelity_leaves_what_it_leaves_and_the_error_is_measured(host, case, name):
+    size = case.sizes[0]
+    dense, _ = _dense(name, size, 1, 1.0)
+    patched = host.patch("auto", zoo.load(case), fidelity=0.9)
+    assert 1e-7 < relative_error(zoo.sample(patched, case, size), dense) < 1
+    record, layers = host.record(patched), case.layers + case.stacks
+    assert record.sparse_calls == record.dense_calls == layers and set(record.reasons) == {"search step"} and record.asked_sparsity is None
+    errors = record.by_layer_and_head("error")
+    assert len(errors) == layers and 0 < record.measured_error < 0.5 and 0 < record.achieved_sparsity <= 1
 
 
 @every_case
