@@ -63,7 +63,7 @@ def play(host):
     prompt = {"8": {"inputs": {"samples": ["6", 0]}}, "5": {"class_type": "SparseAttentionSavePattern"}}
     queue = SimpleNamespace(get_current_queue_volatile=lambda: ([(0, "prompt", prompt, {}, [])], []))
     importlib.import_module("server").PromptServer.instance.prompt_queue = queue
-    for method in ("svg", "adaspa"):
+    for method in ("svg", "adaspa", "auto"):
         patched = host.patch(method, host.load("wan"), sparsity=0.4)
         probed = host.execute("SparseAttentionProbe", {"model": patched}, "9").result[0]
         samples = {"samples": host.sample(probed, "wan", steps=3)}

@@ -7,12 +7,12 @@ import pytest
 
 pytestmark = pytest.mark.host
 
-SVG, ADASPA = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa"
+SVG, ADASPA, AUTO = "SparseAttentionPatchSVG", "SparseAttentionPatchAdaSpa", "SparseAttentionPatchAuto"
 PROMPTS, EARLY = 200, 10
 ALLOWED = 1 << 20
 # What a run is made of; none of it may be alive when the host has let go of the prompts.
 OF_RUNS = {
-    "Session", "LayerState", "Found", "Bands", "VideoBlocks", "Choice", "TokenOrder", "BlockMask", "SparsePlan", "AttentionCall", "Figures",
+    "Session", "LayerState", "Found", "Bands", "VideoBlocks", "Choice", "TokenOrder", "BlockMask", "PooledBlocks", "SparsePlan", "Trial", "AttentionCall", "Figures",
     "RunRecord", "RunLog", "Probe", "ProbeRecord", "Pattern", "Plans", "Keeping", "Roles", "Schedule", "StatusLine", "Evaluation",
     "_Run", "_Active", "_Forward", "_Tables", "_Bits", "_Mean",
 }
@@ -24,8 +24,9 @@ def node(kind, **inputs):
 
 def prompt(graphs, number):
     """The graph of a prompt: text to video in one to three steps, with a report, a saved pattern, a loaded one or a probe in some."""
-    patch = (SVG, ADASPA)[number % 2]
-    settings = {"sparsity": 0.3 + 0.002 * number, "min_tokens": 0, "dense_layers": "", "cache_refresh": (-1, 0, 1)[number % 3]}
+    patch = (SVG, ADASPA, SVG, AUTO)[number % 4]
+    asked = {"fidelity": 0.7 + 0.001 * number} if patch == AUTO else {"sparsity": 0.3 + 0.002 * number}
+    settings = {**asked, "min_tokens": 0, "dense_layers": "", "cache_refresh": (-1, 0, 1)[number % 3]}
     model = "hunyuan" if number % 25 == 3 else "wan_head64"
     graph = graphs.graph(model, patch, settings, cfg=(1.0, 1.0, 5.0)[number % 3], steps=(1, 2, 3, 2, 3)[number % 5], seed=number)
     graph["4"]["inputs"].update(width=128, height=128, length=9)
