@@ -117,7 +117,8 @@ def at_the_start(patcher: Any, session: Session, noise: Tensor, *args: Any, late
         if gain.high < cost.WORTH:
             return f"{start} · hardly worth it: {share}{_but(gain.attention_share, sparse_steps / schedule.steps)}"
         if unknown:
-            return f"{start} · {share} · how much is skipped is found in the search"
+            found = "is what the loaded pattern has" if session.pattern is not None else "is found in the search"
+            return f"{start} · {share} · how much is skipped {found}"
         low, high = (f"{max(1.0, value):.1f}" for value in (gain.low, gain.high))
         expect = f"{low} to {high}" if low != high else f"about {high}"
         return f"{start} · {share}: expect {expect} times the speed (reckoned from the model's size and speeds measured on this device)"

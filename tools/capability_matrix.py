@@ -20,7 +20,7 @@ from load_pack import ROOT, load_pack
 
 README = ROOT / "README.md"
 START, END = "<!-- models: made by tools/capability_matrix.py -->", "<!-- /models -->"
-METHODS = ("svg", "adaspa")
+METHODS = ("svg", "adaspa", "auto")
 # Widths of a small network and of a large one, where automatic settings depend on it: Wan 1.3B and 14B.
 SMALL, LARGE = 1536, 5120
 
@@ -67,7 +67,8 @@ def markdown(models: ModuleType, zoo: ModuleType, found: list[dict], host: str) 
     by_case: dict[tuple[str, str], dict] = defaultdict(dict)
     for line in found:
         by_case[line["case"], line["method"]].update(line)
-    lines = ["| model | tried as | SVG | AdaSpa | error at sparsity 0 | automatic: sparsity SVG / AdaSpa, warm-up |", "|---|---|---|---|---|---|"]
+    heads = "| model | tried as | SVG | AdaSpa | Auto | error at sparsity 0 | automatic: sparsity SVG / AdaSpa, warm-up |"
+    lines = [heads, "|---|---|---|---|---|---|---|"]
     sources: dict[str, list[str]] = defaultdict(list)
     for row in models.ROWS:
         cases = [case.name for case in zoo.CASES if case.row == row.name]
@@ -87,7 +88,7 @@ def markdown(models: ModuleType, zoo: ModuleType, found: list[dict], host: str) 
         f"Made from tiny random models of ComfyUI {host}'s own classes, sampled in float32 on a CPU: three sizes, one and two videos, guidance on "
         "and off, as far as the model takes them. sparse: at sparsity 0.5 that much was skipped, within a block, or as much as what is always "
         "kept allows, in every self-attention call of the video after the dense first step, and no other call was touched. error: the largest "
-        "relative difference from the unpatched model."
+        "relative difference from the unpatched model, with Auto at a fidelity that keeps everything."
     )
     words = [f"- {source} ({', '.join(names)})" for source, names in sources.items()]
     return "\n".join([*lines, "", about, "", "Where the automatic settings come from:", "", *words])

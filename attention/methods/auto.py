@@ -178,8 +178,7 @@ def _choose(call: AttentionCall, out: Tensor, lse: Tensor, config: AutoConfig, b
         costs = pairs.expand(worth.shape).reshape(grouped.shape)
         allowed = (pairs_allowed(call.layout, config.sparsity) - blocks.paid) / call.layout.video_tokens**2 * costs.sum(-1, dtype=_wide(costs.device))
         return _choice(largest_within(grouped, costs, allowed).view(worth.shape), pairs, blocks)
-    size = out[:, :, call.layout.prefix : call.layout.prefix + call.layout.video_tokens].float().square()
-    size = size.nan_to_num(0.0, 0.0, 0.0).sum((1, 2, 3), dtype=_wide(out.device))  # [B]; a row that is no number has no size
+    size = _size(out[:, :, call.layout.prefix : call.layout.prefix + call.layout.video_tokens])
     trial, pooled = Trial(call, blocks, backend, out), blocks.pooled(call, backend) if config.skipped_blocks == "mean" else None
     target = _START * (1 - config.fidelity)
     allowed = torch.full_like(size, target)  # [B]: each entry by itself
@@ -197,6 +196,12 @@ def _choose(call: AttentionCall, out: Tensor, lse: Tensor, config: AutoConfig, b
             break
         allowed = allowed * (_AIM * target / errors.clamp(min=1e-9)).clamp(0.25, 4.0)
     return _choice(found, pairs, blocks)
+
+
+def _size(out: Tensor) -> Tensor:
+    """The sum of squares of [B, H, S, D], by batch entry: [B]. What is no number has none. Head by head: wide copies of all are large."""
+    wide = _wide(out.device)
+    return sum(head.to(wide).square().nan_to_num(0.0, 0.0, 0.0).sum((1, 2)) for head in out.unbind(1))
 
 
 def _worth(call: AttentionCall, lse: Tensor, config: AutoConfig, blocks: VideoBlocks, backend: str) -> Tensor:

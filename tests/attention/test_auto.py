@@ -359,6 +359,29 @@ def test_where_memory_is_short_groups_of_heads_keep_the_promise(knobs, head_chun
         assert (shortfall(run, LAYOUT, qkv, kept) <= 0.2 * 1.001).all()
 
 
+class LargestResult(TorchFunctionMode):
+    """The bytes of the largest tensor that any torch function gave."""
+
+    bytes = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.data_ptr() != args[0].data_ptr():
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+def test_how_large_an_output_is_takes_no_copy_of_all_of_it():
+    """Of 119k tokens in 16 bits, a copy in 64 is four times the output, which is large enough."""
+    out = random_qkv(SMALL, batch=2, heads=16)[0].bfloat16()
+    out[1, 3, 7] = math.nan
+    expected = [sum(value**2 for value in entry.flatten().tolist() if math.isfinite(value)) for entry in out]
+    with LargestResult() as largest:
+        found = auto._size(out)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert largest.bytes < out.nbytes / 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("which, row", [(0, 300), (1, 4), (2, 4), (1, 300), (2, 300)], ids=["q", "text k", "text v", "k", "v"])
 def test_one_number_that_is_none_spoils_what_dense_attention_would_and_no_more(which, row, bad):

@@ -64,6 +64,20 @@ def test_no_gain_is_promised_where_the_search_finds_what_is_skipped(host, load):
     assert found and host.record(patched).expected is None and host.record(patched).costs()["expected"] is None
 
 
+def test_no_search_is_promised_where_a_pattern_is_loaded(host, load):
+    case = _CASES["Wan T2V"]
+    patched = host.patch("auto", load("Wan T2V"))
+    log = patched.get_attachment(host.module("host").KEY)
+    log.pattern_wanted = True
+    zoo.sample(patched, case, case.sizes[0], steps=6)
+    (pattern,) = log.patterns.values()
+    patched.set_attachments(host.module("patch").PATTERN, pattern)
+    host.shown.clear()
+    zoo.sample(patched, case, case.sizes[0], steps=6)
+    assert host.shown[0].text.startswith("Auto starts") and host.shown[0].text.endswith(" · how much is skipped is what the loaded pattern has")
+    assert not host.record(patched).searches and host.record(patched).sparse_calls
+
+
 def test_a_short_video_is_not_worth_it(host, load):
     case = _CASES["CogVideoX"]
     patched = host.patch("adaspa", load("CogVideoX"), min_tokens=-1)
