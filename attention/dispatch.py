@@ -162,8 +162,11 @@ def _try_out(call: AttentionCall, session: Session) -> None:
     blocks = torch.ones(1, 1, -(-len(rows) // BLOCK_Q), -(-len(rows) // BLOCK_K), dtype=torch.bool, device=q.device)
     order = TokenOrder.shared(rows)
     mask = BlockMask.from_blocks(blocks, BLOCK_Q, BLOCK_K, len(rows), len(rows))
+    pooled = None
+    if getattr(session.config, "skipped_blocks", None) == "mean":
+        pooled = kernels.pool_blocks(k, v, BLOCK_K, k_order=order, backend=session.backend)
     kernels.block_sparse_attention(
-        q, k, v, mask, q_order=order, k_order=order, scale=call.scale, backend=session.backend, precision=session.precision,
+        q, k, v, mask, q_order=order, k_order=order, scale=call.scale, backend=session.backend, precision=session.precision, pooled=pooled,
     )
 
 

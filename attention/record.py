@@ -91,7 +91,7 @@ class _Mean:
 
 
 class RunRecord:
-    """The record of one run. `method` is its name, `asked_sparsity` what the person set."""
+    """The record of one run. `method` is its name."""
 
     def __init__(self, method: str, config: MethodConfig | None = None, steps: int = 0, layers: int | None = None, seed: int = 0, warmup: int = 0):
         self.method, self.config = method, config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -23,21 +24,22 @@ from .schedule import Schedule, parse_layers, without_layers
 class Found:
     """What a method found for one layer and condition, and at which step. `lse` is kept while another search is due.
 
-    place: which of a loaded pattern's plans it is, or None.
+    place: which of a loaded pattern's plans it is, or None. again: found because the search before it had come out no better from the start.
     """
 
     step: int
     what: Any
     lse: Any = None
     place: int | None = None
+    again: bool = False
 
 
 @dataclass
 class LayerState:
     """One layer of one condition on one device: what its method found, and the figures of its newest plan.
 
-    unread: the step and the relative L2 error of its newest sparse call, still on the device, where its method measures it; measured: those
-    read back since `found` was found.
+    unread: the relative L2 error of its newest sparse call, still on the device, where its method measures it, with the call's step and what was
+    found for it; measured: those read back since `found` was found.
     A new shape of call starts it anew.
     """
 
@@ -45,7 +47,7 @@ class LayerState:
     shape: tuple
     found: Found | None = None
     figures: Figures | None = None
-    unread: tuple[int, Tensor] | None = None
+    unread: tuple[int, Found, Tensor] | None = None
     measured: tuple[float, ...] = ()
 
 
@@ -190,9 +192,10 @@ class Session:
             for _, state, *_ in waiting:
                 state.unread = None
         for device in {error.device for *_, error in waiting}:
-            here = [item for item in waiting if item[3].device == device]
-            for (layer, state, step, _), error in zip(here, torch.stack([error for *_, error in here]).tolist(), strict=True):
-                state.measured = (*state.measured, error)
+            here = [item for item in waiting if item[-1].device == device]
+            for (layer, state, step, found, _), error in zip(here, torch.stack([error for *_, error in here]).tolist(), strict=True):
+                if state.found is found and math.isfinite(error):  # another thread may have searched meanwhile
+                    state.measured = (*state.measured, error)
                 self.record.measured(step, layer, error)
 
     def note(self, sentence: str) -> None:

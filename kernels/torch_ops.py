@@ -174,7 +174,7 @@ class _Head:
         pooled: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
         self.q, self.keys, self.scale, self.out, self.lse, self.work, self.pooled = q, keys, scale, out, lse, work, pooled
-        self.writes_scores = q.device.type == "cpu" or lse is not None or pooled is not None
+        self.writes_scores = q.device.type == "cpu" or lse is not None
 
     @functools.cached_property
     def weighted_values(self) -> Tensor:
@@ -267,9 +267,14 @@ class _Head:
                         given = None if some_offsets is None else some_offsets[part]
                         self._attend_group(queries[part], some_lists[part], given, result[part], None if row_lse is None else row_lse[part])
             else:
+                more = (None, None) if offsets is None else self.pooled[:2]
                 for part in parts:
-                    keys, values = (self._gathered(name, getattr(self.keys, name), some_lists[part]) for name in ("keys", "values"))
+                    tables = zip(("keys", "values"), (self.keys.keys, self.keys.values), more, strict=True)
+                    keys, values = (self._gathered(name, table, some_lists[part], rest) for name, table, rest in tables)
                     offset = None if self.keys.offset is None else self.keys.offset[some_lists[part]].flatten(1)
+                    if offsets is not None:
+                        listed = torch.zeros(len(keys), keys.shape[1] - offsets.shape[1], device=keys.device) if offset is None else offset
+                        offset = torch.cat([listed, some_offsets[part]], 1)
                     self._attend_fused(some_rows[part], keys, values, offset)
 
     @contextlib.contextmanager
@@ -298,8 +303,11 @@ class _Head:
             return self.work.gather(name, flat, lists.flatten()).view(len(lists), -1, table.shape[2])
         length = lists.shape[1] * table.shape[1]
         result = self.work.take(name, (len(lists), length + len(more), table.shape[2]), table.dtype)
-        for rows, some in zip(result, lists, strict=True):
-            torch.index_select(flat, 0, some, out=rows[:length].view(len(some), flat.shape[1]))
+        if table.device.type != "cpu":
+            result[:, :length] = flat.index_select(0, lists.flatten()).view(len(lists), length, table.shape[2])
+        else:  # without a copy in between
+            for rows, some in zip(result, lists, strict=True):
+                torch.index_select(flat, 0, some, out=rows[:length].view(len(some), flat.shape[1]))
         result[:, length:] = more
         return result
 

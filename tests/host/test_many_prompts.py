@@ -13,8 +13,8 @@ ALLOWED = 1 << 20
 # What a run is made of; none of it may be alive when the host has let go of the prompts.
 OF_RUNS = {
     "Session", "LayerState", "Found", "Bands", "VideoBlocks", "Choice", "TokenOrder", "BlockMask", "PooledBlocks", "SparsePlan", "Trial",
-    "AttentionCall", "Figures", "RunRecord", "RunLog", "Probe", "ProbeRecord", "Pattern", "Plans", "Keeping", "Roles", "Schedule", "StatusLine", "Evaluation",
-    "_Run", "_Active", "_Forward", "_Tables", "_Bits", "_Mean",
+    "AttentionCall", "Figures", "RunRecord", "RunLog", "Probe", "ProbeRecord", "Pattern", "Plans", "Keeping", "Roles",
+    "Schedule", "StatusLine", "Evaluation", "_Run", "_Active", "_Forward", "_Tables", "_Bits", "_Mean",
 }
 
 

@@ -341,3 +341,25 @@ def test_bad_arguments_are_named():
     if kernels.why_not("triton", q, k, v) is None:
         with pytest.raises(ValueError, match="block_k is 24"):
             kernels.pool_blocks(k, v, 24, backend="triton")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_fused_attention_takes_pooled_blocks(masked, monkeypatch):
+    """What a device other than a CPU does: torch's own attention over kept and pooled keys together."""
+    write = torch_ops._Head.__init__
+
+    def fused(self, *arguments):
+        write(self, *arguments)
+        self.writes_scores = False
+
+    monkeypatch.setattr(torch_ops._Head, "__init__", fused)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 3, 500, 32, generator=generator)
+    blocks = torch.rand(2, 3, 4, 8, generator=generator) < 0.3
+    blocks[0, 0, 0], blocks[0, 1, 1] = True, False
+    mask = BlockMask.from_blocks(blocks, 128, 64, 500, 500)
+    bias = torch.zeros(2, 500)
+    bias[:, 200:350], bias[:, 3] = -torch.inf, 0.7
+    options = {"key_bias": bias if masked else None, "pooled": kernels.pool_blocks(k, v, 64, key_bias=bias if masked else None, backend="reference")}
+    out, expected = (kernels.block_sparse_attention(q, k, v, mask, backend=backend, **options) for backend in ("torch", "reference"))
+    assert relative_error(out, expected) < 1e-6

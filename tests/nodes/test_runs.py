@@ -44,6 +44,16 @@ def test_a_sparse_run_skips_what_was_asked(host, family, method):
     assert record.outcome == "finished"
 
 
+def _same(one, other):
+    """The same, but for the last of the digits that figures are rounded to: the host's own layers differ a little by how many they take at once."""
+    if isinstance(one, (dict, list)) and type(one) is type(other) and len(one) == len(other):
+        keys = one if isinstance(one, dict) else range(len(one))
+        for key in keys:
+            _same(one[key], other[key])
+    else:
+        assert one == (pytest.approx(other, abs=3e-6) if isinstance(one, float) else other)
+
+
 @every_method
 @every_family
 def test_conditions_batched_and_apart_give_the_same(host, family, method, batched):
@@ -54,7 +64,7 @@ def test_conditions_batched_and_apart_give_the_same(host, family, method, batche
         outputs.append(host.sample(patched, family, cfg=5.0))
         data.append(host.record(patched).to_json())
     assert relative_error(outputs[1], outputs[0]) < 1e-5
-    assert data[1] == data[0]
+    _same(data[1], data[0])
 
 
 @every_method
