@@ -1,6 +1,7 @@
 # make demo   the main job on a small trained model: dense, SVG, AdaSpa and Auto; writes output/demo/
 # make test   the tests
-# make nightly  the tests of made-up runs and of random kernel calls, on 10,000 runs and 20,600 calls that no night before has tried
+# make nightly  the tests of made-up runs and of random kernel calls, on 10,000 runs and 20,600 calls that no night before has tried, and every
+#   kernel compiled for every GPU
 # make schemas  after a change of a node: what saved workflows rely on of it (tests/snapshots), and its English words (locales/en)
 # make clean  removes what demo and test made
 # The demo's options go into DEMO, as in: make demo DEMO="--clips 1 --host embedded"
@@ -20,6 +21,7 @@ test: $(INSTALLED)
 nightly: $(INSTALLED)
 	SVA_NIGHTLY=1 .venv/bin/python -m pytest --numprocesses=auto tests/attention/test_properties.py tests/kernels/test_fuzz.py
 	SVA_NIGHTLY=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest --numprocesses=auto tests/triton_kernels/test_interpreter_fuzz.py
+	SVA_NIGHTLY=1 .venv/bin/python -m pytest --numprocesses=auto tests/triton_kernels/test_compile.py
 
 schemas: $(INSTALLED)
 	.venv/bin/python tools/node_snapshot.py

@@ -56,8 +56,8 @@ def _time(row: dict) -> str:
 def line(row: dict) -> list[str]:
     """A row as cells under HEADS."""
     return [
-        row["title"], f"{row['asked_sparsity']:.2f}", f"{row['achieved_sparsity']:.3f}", f"{row['run_sparsity']:.3f}", psnr(row), ssim(row),
-        attention_error(row), f"{row['searches']:g}", _time(row),
+        row["title"], "-" if row["asked_sparsity"] is None else f"{row['asked_sparsity']:.2f}", f"{row['achieved_sparsity']:.3f}",
+        f"{row['run_sparsity']:.3f}", psnr(row), ssim(row), attention_error(row), f"{row['searches']:g}", _time(row),
     ]
 
 

@@ -145,7 +145,8 @@ def row_of(study: Study, variant: Variant, budget: float) -> dict | None:
     times = {kind: fmean(run["milliseconds"][kind] for run in runs) for kind in timed}
     return {
         "variant": variant.name, "title": variant.title, "about": variant.about, "method": variant.method.NAME, "groups": list(variant.groups),
-        "base": variant.base, "budget": budget, "steps": steps, "equal_work": variant.equal_work, "asked_sparsity": config.sparsity,
+        "base": variant.base, "budget": budget, "steps": steps, "equal_work": variant.equal_work,
+        "asked_sparsity": config.sparsity if config.sparsity >= 0 else None,
         "warmup_steps": runs[0]["warmup_steps"], "end_steps": config.end_steps, "cache_refresh": config.cache_refresh,
         "achieved_sparsity": round(fmean(run["achieved_sparsity"] for run in runs), 6),
         "run_sparsity": round(fmean(run["run_sparsity"] for run in runs), 6),

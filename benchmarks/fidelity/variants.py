@@ -150,7 +150,7 @@ def _switch(base: str, name: str, title: str, about: str, **settings: Any) -> Va
 
 
 # What the small model skips as much at; found by trial.
-FIDELITIES = {0.5: 0.96, 0.6: 0.94, 0.7: 0.915, 0.8: 0.87, 0.9: 0.8}
+FIDELITIES = {0.5: 0.96, 0.6: 0.94, 0.7: 0.92, 0.8: 0.885, 0.9: 0.82}
 
 _BETTER = (
     _switch("adaspa-paper", "tile", "tile order", "blocks are boxes of 4 by 4 by 4", token_order="tile"),

@@ -38,8 +38,10 @@ def test_every_variant_can_be_set_up_or_says_why_not():
             continue
         for budget in variant.budgets or (0.5, 0.9):
             config = variant.config(budget, variant.steps or 20)
-            asked = {of: budget for budget, of in variant.fidelities.items()}[config.fidelity] if variant.fidelities else config.sparsity
-            assert variant.equal_work or asked == budget
+            if variant.fidelities:
+                assert config.fidelity == variant.fidelities[budget] and config.sparsity < 0
+            else:
+                assert variant.equal_work or config.sparsity == budget
             assert config is None or config.min_tokens == 0
 
 
@@ -350,7 +352,7 @@ def test_the_json_is_json(rows):
 def test_options_are_read():
     options = command.parse(["--budgets", "0.9,0.5,0.9", "--seeds", "1,0,1", "--variants", "svg,few-steps"])
     assert (options.budgets, options.seeds) == ((0.5, 0.9), (1, 0)) and options.variants[0].name == "svg" and len(options.variants) > 50
-    assert [variant.name for variant in command.parse([]).variants] == ["svg", "adaspa", "adaspa-paper", "auto", "random"]
+    assert [variant.name for variant in command.parse([]).variants] == ["svg", "adaspa", "adaspa-paper", "auto", "random", "auto-fidelity"]
 
 
 @pytest.mark.parametrize("wrong", [

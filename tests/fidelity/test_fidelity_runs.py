@@ -107,7 +107,7 @@ def test_a_key_is_of_what_a_run_does(study, host, monkeypatch):
     assert study.key(replace(svg, settings={"warmup_steps": 1}), 0.7, 0) == key
     others = {
         "budget": study.key(svg, 0.8, 0), "seed": study.key(svg, 0.7, 1), "steps": study.key(replace(svg, steps=4), 0.7, 0),
-        "setting": study.key(replace(svg, settings={"sampled_rows": 63}), 0.7, 0), "method": study.key(auto, 0.7, 0),
+        "setting": study.key(replace(svg, settings={"first_frame_sink": False}), 0.7, 0), "method": study.key(auto, 0.7, 0),
         "wrapped": study.key(replace(svg, method=VARIANTS["svg-temporal"].method), 0.7, 0),
         "clips": Study(host, study.store, small(load_clips(1)), (0,), 3).key(svg, 0.7, 0),
         "part": Study(host, study.store, load_clips(2), (0,), 3).key(svg, 0.7, 0),
@@ -155,7 +155,7 @@ def test_the_harness_checks_itself(study, host):
 def test_checks_fail_where_something_is_wrong(study, host, monkeypatch):
     """Blocks that are not random; a video that is not the same twice; something skipped at sparsity 0."""
     svg, adaspa = VARIANTS["svg"], VARIANTS["adaspa"]
-    assert not checks.random_is_worst(study, {"adaspa": adaspa, "random": replace(VARIANTS["random"], method=adaspa.method)})["passed"]
+    assert not checks.random_is_worst(study, {"adaspa": adaspa, "random": replace(VARIANTS["random"], method=adaspa.method, settings={})})["passed"]
     sparse = host.sparse
 
     def restless(variant, budget, job):
@@ -163,7 +163,7 @@ def test_checks_fail_where_something_is_wrong(study, host, monkeypatch):
         return replace(done, latents=done.latents + 1e-6)
 
     monkeypatch.setattr(host, "sparse", restless)
-    study.store.save(study.key(svg, checks.BUDGET, 0), study.measured(replace(svg, settings={"sampled_rows": 63}), checks.BUDGET, 0))
+    study.store.save(study.key(svg, checks.BUDGET, 0), study.measured(replace(svg, settings={"first_frame_sink": False}), checks.BUDGET, 0))
     assert not checks.twice_is_identical(study, svg, again=True)["passed"]
     monkeypatch.setattr(host, "sparse", lambda variant, budget, job: sparse(variant, 0.5, job))
     assert not checks.nothing_skipped(study, svg)["passed"]

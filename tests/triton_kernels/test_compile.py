@@ -1,5 +1,6 @@
 """The Triton kernels compile for every GPU they are meant for, within its shared memory and with its matrix instructions."""
 
+import os
 import re
 
 import pytest
@@ -28,7 +29,10 @@ def _skip_without_backend(target):
         pytest.skip(reason)
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+# A night compiles everything; else head_dim 64 is left to one target of each family, since it needs less of everything than 128.
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TRIED = [case for case in CASES if os.environ.get("SVA_NIGHTLY") or case[2] != 64 or case[1] in FAMILIES]
+every_case = pytest.mark.parametrize("case", TRIED, ids=lambda case: "-".join(map(str, case)))
 
 
 @every_case
@@ -43,7 +47,7 @@ def test_fits_and_spills_nothing(case):
         assert used.spill == 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[1] in KERNELS[case[0]].matrix], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [case for case in TRIED if case[1] in KERNELS[case[0]].matrix], ids=lambda case: "-".join(map(str, case)))
 def test_uses_the_matrix_instruction(case):
     _skip_without_backend(case[1])
     if case[1] == "sm_75":
