@@ -7,27 +7,41 @@ A choice is a bit a block, so that the plans of a whole model stay small; a call
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..kernels import BlockMask, PooledBlocks, SparsePlan, TokenOrder
-from .budget import BLOCK_K, limit_note, pairs_allowed, pairs_of_sinks
+from .budget import BLOCK_K, BLOCK_Q, limit_note, pairs_allowed, pairs_of_sinks
 from .call import AttentionCall
+from .config import MethodConfig
 from .layout import VideoLayout, hilbert, in_sections, tile_major
 from .record import Figures
+from .words import shortened
 
 TOKEN_ORDERS = ("raster", "tile", "hilbert")
+SKIPPED_BLOCKS = ("mean", "drop")
 
 
-class BlockConfig(Protocol):
-    """What blocks need to know of a method's settings. sparsity: what is asked of each head; below 0 where nothing is."""
+@dataclass(frozen=True)
+class BlockConfig(MethodConfig):
+    """The knobs of methods that choose blocks. sparsity is asked of each head; below 0, nothing is.
 
-    sparsity: float
-    token_order: str
-    block_q: int
+    token_order: "tile" (blocks are compact boxes), "raster" (runs of lines) or "hilbert" (runs of that curve). block_q: queries of a
+    block, 128 or 64. skipped_blocks: "mean" (each counts as one key, its mean) or "drop".
+    """
+
+    token_order: str = "tile"
+    block_q: int = BLOCK_Q
+    skipped_blocks: str = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choice("token_order", TOKEN_ORDERS)
+        self._choice("skipped_blocks", SKIPPED_BLOCKS)
+        if self.block_q not in (BLOCK_K, BLOCK_Q):
+            raise ValueError(f"block_q: {shortened(repr(self.block_q))} is not {BLOCK_K} or {BLOCK_Q}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,10 @@ class VideoBlocks:
     def pooled(self, call: AttentionCall, backend: str) -> PooledBlocks:
         """The mean key and value of each block of a call."""
         return kernels.pool_blocks(call.k, call.v, BLOCK_K, k_order=self.k_order, key_bias=call.key_bias, backend=backend)
+
+    def stand_ins(self, call: AttentionCall, config: BlockConfig, backend: str) -> PooledBlocks | None:
+        """What the blocks that are not kept count as; None where they are dropped."""
+        return self.pooled(call, backend) if config.skipped_blocks == "mean" else None
 
 
 def to_pattern(choice: Choice) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..attention.blocks import SKIPPED_BLOCKS
 from ..attention.methods import adaspa
 from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, sparsity_input, told_its_id
 from .patch import install
@@ -43,7 +44,7 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
                     ),
                 ], [
                     io.Combo.Input(
-                        "skipped_blocks", options=list(adaspa.SKIPPED_BLOCKS), default=adaspa.CONFIG.skipped_blocks, optional=True, advanced=True,
+                        "skipped_blocks", options=list(SKIPPED_BLOCKS), default=adaspa.CONFIG.skipped_blocks, optional=True, advanced=True,
                         tooltip="What becomes of skipped blocks. mean: each still counts as one token, its mean, which costs little and stays closer "
                         "to the dense video. drop: they are left out altogether, as in the paper.",
                     ),

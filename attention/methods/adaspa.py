@@ -32,16 +32,15 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ...kernels import PooledBlocks, SparsePlan
-from ..blocks import TOKEN_ORDERS, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
-from ..budget import BLOCK_K, BLOCK_Q
+from ...kernels import SparsePlan
+from ..blocks import BlockConfig, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
+from ..budget import BLOCK_K
 from ..call import AttentionCall, Dense
-from ..config import Automatic, MethodConfig
+from ..config import Automatic
 from ..record import Figures
 from ..schedule import Schedule
 from ..session import Found, LayerState, Session
 from ..trial import Trial
-from ..words import shortened
 
 __all__ = ["AUTOMATIC", "CONFIG", "LEAST_WARMUP", "NAME", "PATTERN_SETTINGS", "first_step", "from_pattern", "plan", "to_pattern"]
 
@@ -49,7 +48,6 @@ NAME = "AdaSpa"
 LEAST_WARMUP = 1
 # What a loaded pattern brings along: blocks are chosen for a sparsity, in an order of tokens.
 PATTERN_SETTINGS = ("sparsity", "token_order")
-SKIPPED_BLOCKS = ("mean", "drop")
 # Above this recall a head has more blocks than it needs (section 4.2).
 _EASY_RECALL = 0.8
 _THE_LAST = "AdaSpa's search step would be the last"
@@ -58,32 +56,24 @@ _SEARCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class AdaSpaConfig(MethodConfig):
+class AdaSpaConfig(BlockConfig):
     """AdaSpa's knobs.
 
     head_adaptive: heads that need less give blocks to heads that need more, around the same mean, where that comes nearer to dense;
     always_adapt: untried (the paper).
-    token_order: "tile" (blocks are compact boxes), "raster" (the paper) or "hilbert" (runs of that curve).
-    block_q: queries of a block, 128 or 64. lse_cache: later searches use the first one's log-sum-exp; off, each computes its own.
-    skipped_blocks: "mean" (each counts as one key, its mean) or "drop" (the paper).
+    lse_cache: later searches use the first one's log-sum-exp; off, each computes its own.
+    The paper's blocks are token_order "raster", block_q 64 and skipped_blocks "drop".
     """
 
     head_adaptive: bool = True
-    token_order: str = "tile"
-    block_q: int = BLOCK_Q
     lse_cache: bool = True
     always_adapt: bool = False
-    skipped_blocks: str = "mean"
 
     def __post_init__(self):
         super().__post_init__()
         self._flag("head_adaptive")
         self._flag("lse_cache")
         self._flag("always_adapt")
-        self._choice("token_order", TOKEN_ORDERS)
-        self._choice("skipped_blocks", SKIPPED_BLOCKS)
-        if self.block_q not in (BLOCK_K, BLOCK_Q):
-            raise ValueError(f"block_q: {shortened(repr(self.block_q))} is not {BLOCK_K} or {BLOCK_Q}")
 
 
 CONFIG = AdaSpaConfig
@@ -115,7 +105,7 @@ def plan(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Sparse
         if _due(config.cache_refresh, run.schedule, found.step, call.step) and (lse := _lse_for_search(call, config, state)) is not None:
             state.found = _found(_Masses(call, state, blocks, lse), call, config, state, blocks, lse, None)
     state.figures = state.found.what.figures
-    return blocks.plan(state.found.what, _pooled(call, config, state, blocks))
+    return blocks.plan(state.found.what, blocks.stand_ins(call, config, run.backend))
 
 
 def _blocks(call: AttentionCall, config: AdaSpaConfig, run: Session) -> VideoBlocks:
@@ -148,11 +138,6 @@ def _keep_lse(call: AttentionCall, state: LayerState) -> Dense:
     out, lse = kernels.attention_with_lse(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, backend=state.run.backend)
     state.found = Found(call.step, None, lse.half())
     return Dense("warm-up step", planned=True, output=out)
-
-
-def _pooled(call: AttentionCall, config: AdaSpaConfig, state: LayerState, blocks: VideoBlocks) -> PooledBlocks | None:
-    """What the blocks that are not kept count as."""
-    return blocks.pooled(call, state.run.backend) if config.skipped_blocks == "mean" else None
 
 
 def _lse_for_search(call: AttentionCall, config: AdaSpaConfig, state: LayerState) -> Tensor | None:
@@ -249,7 +234,7 @@ def _choose(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: L
     equal = blocks.counts(costs, uniform, even_out=True)  # the same mean, which more blocks would win by
     if config.always_adapt or bool((adapted == equal).all()):
         return choice(adapted)
-    trial, pooled = Trial(call, blocks, state.run.backend, out), _pooled(call, config, state, blocks)
+    trial, pooled = Trial(call, blocks, state.run.backend, out), blocks.stand_ins(call, config, state.run.backend)
     of_adapted, of_equal = (trial.errors(blocks.plan(choice(counts), pooled)).cpu() for counts in (adapted, equal))
     return choice(torch.where((of_adapted < of_equal)[:, None], adapted, equal))
 

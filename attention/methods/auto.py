@@ -22,17 +22,16 @@ from torch import Tensor
 
 from ... import kernels
 from ...kernels import SparsePlan
-from ..blocks import TOKEN_ORDERS, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
-from ..budget import BLOCK_K, BLOCK_Q, pairs_allowed
+from ..blocks import BlockConfig, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
+from ..budget import BLOCK_K, pairs_allowed
 from ..call import AttentionCall, Dense
 from ..config import AUTOMATIC as AUTOMATIC_NUMBER
-from ..config import Automatic, MethodConfig
+from ..config import Automatic
 from ..record import Figures
 from ..sampling import sampled_rows
 from ..schedule import Schedule
 from ..session import Found, LayerState, Session
 from ..trial import Trial
-from ..words import shortened
 
 __all__ = ["AUTOMATIC", "CONFIG", "LEAST_WARMUP", "NAME", "PATTERN_SETTINGS", "first_step", "from_pattern", "observe", "plan", "to_pattern"]
 
@@ -55,35 +54,28 @@ _THE_LAST = "Auto's search step would be the last"
 
 
 @dataclass(frozen=True)
-class AutoConfig(MethodConfig):
+class AutoConfig(BlockConfig):
     """Auto's one knob, and switches that comparisons turn.
 
     fidelity: 1 minus the error that attention's output may have in each layer, relative L2. More is closer and slower.
     sparsity: the share to skip instead; -1: what the fidelity leaves. cache_refresh: -1 searches anew where the error has grown.
-    token_order, block_q: as AdaSpa's. selection: blocks by "error" (what skipping them changes), "mass" (what they hold), or "share"
+    selection: blocks by "error" (what skipping them changes), "mass" (what they hold), or "share"
     (the fewest that hold a share of a row's mass, the same share everywhere). scope: what shares a threshold: "layer", "head" or "row".
-    skipped_blocks: "mean" or "drop". sampled_rows: how many rows a call is checked on.
+    sampled_rows: how many rows a call is checked on.
     """
 
     sparsity: float = AUTOMATIC_NUMBER
     fidelity: float = 0.9
-    token_order: str = "tile"
-    block_q: int = BLOCK_Q
     selection: str = "error"
     scope: str = "layer"
-    skipped_blocks: str = "mean"
     sampled_rows: int = 64
 
     def __post_init__(self):
         super().__post_init__()
         self._number("fidelity", 0.0, 0.999)
         self._number("sampled_rows", 1, 4096, whole=True)
-        self._choice("token_order", TOKEN_ORDERS)
         self._choice("selection", SELECTIONS)
         self._choice("scope", SCOPES)
-        self._choice("skipped_blocks", ("mean", "drop"))
-        if self.block_q not in (BLOCK_K, BLOCK_Q):
-            raise ValueError(f"block_q: {shortened(repr(self.block_q))} is not {BLOCK_K} or {BLOCK_Q}")
 
 
 CONFIG = AutoConfig
@@ -113,7 +105,7 @@ def plan(call: AttentionCall, config: AutoConfig, state: LayerState) -> SparsePl
         if found is None or _due(config, run.schedule, state, call.step):
             return _search(call, config, state, blocks)
     state.figures = state.found.what.figures
-    return blocks.plan(state.found.what, blocks.pooled(call, run.backend) if config.skipped_blocks == "mean" else None)
+    return blocks.plan(state.found.what, blocks.stand_ins(call, config, run.backend))
 
 
 def observe(call: AttentionCall, config: AutoConfig, state: LayerState, out: Tensor) -> None:
@@ -185,7 +177,7 @@ def _choose(call: AttentionCall, out: Tensor, lse: Tensor, config: AutoConfig, b
         allowed = (pairs_allowed(call.layout, config.sparsity) - blocks.paid) / call.layout.video_tokens**2 * costs.sum(-1, dtype=_wide(costs.device))
         return _choice(largest_within(grouped, costs, allowed).view(worth.shape), pairs, blocks)
     size = _size(out[:, :, call.layout.prefix : call.layout.prefix + call.layout.video_tokens])
-    trial, pooled = Trial(call, blocks, backend, out), blocks.pooled(call, backend) if config.skipped_blocks == "mean" else None
+    trial, pooled = Trial(call, blocks, backend, out), blocks.stand_ins(call, config, backend)
     target = _START * (1 - config.fidelity)
     allowed = torch.full_like(size, target)  # [B]: each entry by itself
     # What never comes near enough keeps everything. Each entry stops for itself, or its plan would hang on the others'.
