@@ -267,14 +267,16 @@ class _Head:
                         given = None if some_offsets is None else some_offsets[part]
                         self._attend_group(queries[part], some_lists[part], given, result[part], None if row_lse is None else row_lse[part])
             else:
-                more = (None, None) if offsets is None else self.pooled[:2]
                 for part in parts:
-                    tables = zip(("keys", "values"), (self.keys.keys, self.keys.values), more, strict=True)
-                    keys, values = (self._gathered(name, table, some_lists[part], rest) for name, table, rest in tables)
+                    keys, values = (
+                        self._gathered(name, table, some_lists[part]) for name, table in (("keys", self.keys.keys), ("values", self.keys.values))
+                    )
                     offset = None if self.keys.offset is None else self.keys.offset[some_lists[part]].flatten(1)
                     if offsets is not None:
-                        listed = torch.zeros(len(keys), keys.shape[1] - offsets.shape[1], device=keys.device) if offset is None else offset
+                        listed = torch.zeros(keys.shape[:2], device=keys.device) if offset is None else offset
                         offset = torch.cat([listed, some_offsets[part]], 1)
+                        pooled = (table.expand(len(keys), -1, -1) for table in self.pooled[:2])
+                        keys, values = (torch.cat(tables, 1) for tables in zip((keys, values), pooled, strict=True))
                     self._attend_fused(some_rows[part], keys, values, offset)
 
     @contextlib.contextmanager
@@ -290,39 +292,32 @@ class _Head:
         """Queries [n, size, D] to the key blocks [n, count], and with offsets [n, K] to the pooled ones behind them."""
         # The values are gathered when the keys are done with, into the same memory where they can: it is still in cache.
         name = "keys" if self.score_keys.dtype == self.weighted_values.dtype else "values"
-        keys = self._gathered("keys", self.score_keys, lists, None if offsets is None else self.pooled_score_keys)
-        self._attend_written_out(
-            queries, keys, lambda: self._gathered(name, self.weighted_values, lists, None if offsets is None else self.pooled_weighted_values),
-            result, row_lse, offsets,
-        )  # fmt: skip
+        keys = self._gathered("keys", self.score_keys, lists)
+        self._attend_written_out(queries, keys, lambda: self._gathered(name, self.weighted_values, lists), result, row_lse, offsets)
 
-    def _gathered(self, name: str, table: Tensor, lists: Tensor, more: Tensor | None = None) -> Tensor:
-        """The blocks [K, block_k, D] of each list as one matrix, and after them the rows `more` [m, D]: [n, count * block_k + m, D]."""
-        flat = table.flatten(1)
-        if more is None:
-            return self.work.gather(name, flat, lists.flatten()).view(len(lists), -1, table.shape[2])
-        length = lists.shape[1] * table.shape[1]
-        result = self.work.take(name, (len(lists), length + len(more), table.shape[2]), table.dtype)
-        if table.device.type != "cpu":
-            result[:, :length] = flat.index_select(0, lists.flatten()).view(len(lists), length, table.shape[2])
-        else:  # without a copy in between
-            for rows, some in zip(result, lists, strict=True):
-                torch.index_select(flat, 0, some, out=rows[:length].view(len(some), flat.shape[1]))
-        result[:, length:] = more
-        return result
+    def _gathered(self, name: str, table: Tensor, lists: Tensor) -> Tensor:
+        """The blocks [K, block_k, D] of each list as one matrix: [n, count * block_k, D]."""
+        return self.work.gather(name, table.flatten(1), lists.flatten()).view(len(lists), -1, table.shape[2])
 
     def _attend_written_out(
         self, queries: Tensor, keys: Tensor, values: Callable[[], Tensor], result: Tensor, row_lse: Tensor | None, offsets: Tensor | None = None,
     ) -> None:
         """queries: [n, size, D]; keys: [n, length, D]; both D + 1 with the keys' offset; values: [n, length, D]. Fills result and row_lse.
 
-        offsets: [n, K], of the last K keys.
+        offsets: [n, K], of the pooled keys, which come after the others. They are the same for all queries: one matrix product of two
+        dimensions, and nothing to gather.
         """
-        scores = torch.bmm(queries, keys.transpose(1, 2), out=self.work.take("scores", (*queries.shape[:2], keys.shape[1]), queries.dtype))
+        length = keys.shape[1]
+        scores = self.work.take("scores", (*queries.shape[:2], length + (0 if offsets is None else offsets.shape[1])), queries.dtype)
+        torch.bmm(queries, keys.transpose(1, 2), out=scores[..., :length])
         if offsets is not None:
-            scores[..., -offsets.shape[1] :] += offsets[:, None]
+            torch.mm(queries.flatten(0, 1), self.pooled_score_keys.T, out=scores.flatten(0, 1)[:, length:])
+            scores[..., length:] += offsets[:, None]
         lse = _softmax_(scores, with_lse=row_lse is not None)
-        torch.bmm(self.work.cast("weights", scores, result.dtype), values(), out=result)
+        weights = self.work.cast("weights", scores, result.dtype)
+        torch.bmm(weights[..., :length], values(), out=result)
+        if offsets is not None:
+            result.flatten(0, 1).addmm_(weights.flatten(0, 1)[:, length:], self.pooled_weighted_values)
         if row_lse is not None:
             row_lse.copy_(lse)
 
