@@ -96,6 +96,7 @@ def _notes(record: RunRecord) -> str:
 # What to change for a planned reason; the first that applies is the one that matters most when nothing ran sparse.
 _HINTS = {
     "min_tokens": "Raise the resolution or length, or set min_tokens (an advanced input) to 0 to try it anyway.",
+    "at this fidelity": "Lower fidelity.",
     "search step": "{method} needs a step after its search: use more steps.",
     "dense layer": "Shorten dense_layers.",
     "warm-up": "Lower warmup_steps or use more steps.",

@@ -220,11 +220,13 @@ def _choose(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: L
     def recall(counts: Tensor) -> Tensor:
         return (share.gather(-1, counts[..., None] - 1)[..., 0] + always) / totals
 
+    def kept(counts: Tensor) -> Tensor:
+        return masses.ranks < counts.to(masses.ranks.device)[..., None, None]
+
     def choice(counts: Tensor) -> Choice:
-        keep = blocks.with_sinks(masses.ranks < counts.to(masses.ranks.device)[..., None, None])
         pairs = blocks.paid + costs.gather(-1, counts[..., None] - 1)[..., 0]
         figures = Figures(density=(pairs / blocks.layout.seq_len**2).float(), recall=recall(counts).float())
-        return Choice(pack(keep), blocks.sink_columns + int(counts.max()), figures)
+        return Choice(pack(blocks.with_sinks(kept(counts))), blocks.sink_columns + int(counts.max()), figures)
 
     uniform = torch.full(totals.shape, config.sparsity, dtype=torch.float64)
     if not config.head_adaptive:
@@ -234,8 +236,8 @@ def _choose(masses: _Masses, call: AttentionCall, config: AdaSpaConfig, state: L
     equal = blocks.counts(costs, uniform, even_out=True)  # the same mean, which more blocks would win by
     if config.always_adapt or bool((adapted == equal).all()):
         return choice(adapted)
-    trial, pooled = Trial(call, blocks, state.run.backend, out), blocks.stand_ins(call, config, state.run.backend)
-    of_adapted, of_equal = (trial.errors(blocks.plan(choice(counts), pooled)).cpu() for counts in (adapted, equal))
+    trial = Trial(call, blocks, blocks.stand_ins(call, config, state.run.backend), state.run.backend, out)
+    of_adapted, of_equal = (trial.errors(kept(counts)).cpu() for counts in (adapted, equal))
     return choice(torch.where((of_adapted < of_equal)[:, None], adapted, equal))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ...kernels import SparsePlan
+from ...kernels import PooledBlocks, SparsePlan
 from ..blocks import BlockConfig, Choice, VideoBlocks, choice_from_pattern, pack, to_pattern
 from ..budget import BLOCK_K, pairs_allowed
 from ..call import AttentionCall, Dense
@@ -50,7 +50,11 @@ _TRIES = 4
 _AIM, _CLOSE = 0.97, 0.9
 # What of the allowed error a search may leave: it grows from then on, until it is searched anew.
 _START = 0.92
+# A layer that could skip less than this is left dense: what a sparse call costs beside the attention is more than it would save (on a CPU, at
+# 8,192 tokens, the two cost the same at about 0.15).
+_LEAST_SKIPPED = 0.1
 _THE_LAST = "Auto's search step would be the last"
+_TOO_LITTLE = "too little to skip at this fidelity"
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def plan(call: AttentionCall, config: AutoConfig, state: LayerState) -> SparsePl
         if found is None or _due(config, run.schedule, state, call.step):
             return _search(call, config, state, blocks)
     state.figures = state.found.what.figures
+    if not _worthwhile(state.found, config):
+        return Dense(_TOO_LITTLE, planned=True)
     return blocks.plan(state.found.what, blocks.stand_ins(call, config, run.backend))
 
 
@@ -139,6 +145,8 @@ def _due(config: AutoConfig, schedule: Schedule, state: LayerState, step: int) -
         return False
     if config.cache_refresh >= 0:
         return config.cache_refresh > 0 and step - state.found.step >= config.cache_refresh
+    if not _worthwhile(state.found, config):  # nothing is measured; once more where AdaSpa searches again, when heads are sharper
+        return schedule.refresh_at is not None and state.found.step < schedule.refresh_at <= step
     if not state.measured:
         return False
     # What a search comes out at is the norm where nothing else was asked for, or where a second one came out too high as well.
@@ -146,6 +154,11 @@ def _due(config: AutoConfig, schedule: Schedule, state: LayerState, step: int) -
     if state.found.again:
         allowed = max(allowed, state.measured[0])
     return state.measured[-1] > _DRIFT * allowed
+
+
+def _worthwhile(found: Found, config: AutoConfig) -> bool:
+    """Whether what was found skips enough to gain by it. A share that was asked for is kept to, whatever it is."""
+    return config.sparsity >= 0 or 1 - float(found.what.figures.density.mean()) >= _LEAST_SKIPPED
 
 
 def _search(call: AttentionCall, config: AutoConfig, state: LayerState, blocks: VideoBlocks) -> Dense:
@@ -168,16 +181,19 @@ def _search(call: AttentionCall, config: AutoConfig, state: LayerState, blocks: 
 
 def _choose(call: AttentionCall, out: Tensor, lse: Tensor, config: AutoConfig, blocks: VideoBlocks, backend: str) -> Choice:
     """The blocks of some heads, from their dense output [B, H, S, D] and its LSE [B, H, S]."""
-    worth = _worth(call, lse, config, blocks, backend)
+    by_knob = config.sparsity < 0
+    pools = config.selection == "error" or (by_knob and config.skipped_blocks == "mean")
+    pooled = blocks.pooled(call, backend) if pools else None
+    worth = _worth(call, lse, config, blocks, pooled, backend)
     pairs = _pairs(blocks, worth.device)
     groups = {"layer": 1, "head": worth.shape[1], "row": worth.shape[1] * worth.shape[2]}[config.scope]
     grouped = worth.reshape(len(worth), groups, -1)
-    if config.sparsity >= 0:
+    if not by_knob:
         costs = pairs.expand(worth.shape).reshape(grouped.shape)
         allowed = (pairs_allowed(call.layout, config.sparsity) - blocks.paid) / call.layout.video_tokens**2 * costs.sum(-1, dtype=_wide(costs.device))
         return _choice(largest_within(grouped, costs, allowed).view(worth.shape), pairs, blocks)
     size = _size(out[:, :, call.layout.prefix : call.layout.prefix + call.layout.video_tokens])
-    trial, pooled = Trial(call, blocks, backend, out), blocks.stand_ins(call, config, backend)
+    trial = Trial(call, blocks, pooled if config.skipped_blocks == "mean" else None, backend, out)
     target = _START * (1 - config.fidelity)
     allowed = torch.full_like(size, target)  # [B]: each entry by itself
     # What never comes near enough keeps everything. Each entry stops for itself, or its plan would hang on the others'.
@@ -185,7 +201,7 @@ def _choose(call: AttentionCall, out: Tensor, lse: Tensor, config: AutoConfig, b
     done = best >= 0
     for tried in range(1, 2 * _TRIES + 1):
         keep = all_but(grouped, (allowed**2 * size / groups)[:, None].expand(grouped.shape[:2])).view(worth.shape)
-        errors = trial.errors(blocks.plan(_choice(keep, pairs, blocks), pooled)).to(allowed.dtype)
+        errors = trial.errors(keep).to(allowed.dtype)
         good = (errors <= target) & (errors > best) & ~done
         found, best = torch.where(good[:, None, None, None], keep, found), torch.where(good, errors, best)
         done |= best >= 0 if tried >= _TRIES else best > _CLOSE * target
@@ -201,11 +217,11 @@ def _size(out: Tensor) -> Tensor:
     return sum(head.to(wide).square().nan_to_num(0.0, 0.0, 0.0).sum((1, 2)) for head in out.unbind(1))
 
 
-def _worth(call: AttentionCall, lse: Tensor, config: AutoConfig, blocks: VideoBlocks, backend: str) -> Tensor:
-    """What each of the video's blocks is worth, float32 [B, H, Qv, Kv]: the most is kept first."""
+def _worth(call: AttentionCall, lse: Tensor, config: AutoConfig, blocks: VideoBlocks, pooled: PooledBlocks | None, backend: str) -> Tensor:
+    """What each of the video's blocks is worth, float32 [B, H, Qv, Kv]: the most is kept first. pooled: the blocks as one key each."""
     options = {"q_order": blocks.q_order, "k_order": blocks.k_order, "scale": call.scale, "key_bias": call.key_bias, "backend": backend}
     if config.selection == "error":
-        worth = kernels.block_errors(call.q, call.k, call.v, lse, blocks.block_q, BLOCK_K, pooled=blocks.pooled(call, backend), **options)
+        worth = kernels.block_errors(call.q, call.k, call.v, lse, blocks.block_q, BLOCK_K, pooled=pooled, **options)
     else:
         worth = kernels.block_mass(call.q, call.k, lse, blocks.block_q, BLOCK_K, **options)
     # What is no number is kept before all else: it is to come out as dense attention would have it.

@@ -18,7 +18,7 @@ from pack.attention.methods import adaspa, auto, svg
 from pack.attention.record import Figures
 from pack.attention.schedule import Schedule
 from pack.attention.session import Found, LayerState
-from pack.kernels import BlockMask, SparsePlan, TokenOrder
+from pack.kernels import BlockMask, PooledBlocks, SparsePlan, TokenOrder
 from pack.kernels.block_mask import block_rows
 from torch import Tensor
 
@@ -82,12 +82,14 @@ def with_bands() -> SimpleNamespace:
     """Auto that keeps narrow bands beside what it finds: a row's own place in every frame, and its surroundings in its own frames."""
     worth_of = auto._worth
 
-    def worth(call: AttentionCall, lse: Tensor, config: MethodConfig, blocks: VideoBlocks, backend: str) -> Tensor:
+    def worth(
+        call: AttentionCall, lse: Tensor, config: MethodConfig, blocks: VideoBlocks, pooled: PooledBlocks | None, backend: str,
+    ) -> Tensor:
         queries, keys = (_centres(call, blocks, order, size) for order, size in ((blocks.q_order, blocks.block_q), (blocks.k_order, BLOCK_K)))
         apart = (queries[blocks.sink_rows :, None] - keys[None, blocks.sink_columns :]).abs() / _BOX  # [Qv, Kv, 3]: frames, rows, columns
         place = apart[..., 1:].amax(-1)
         band = (place < 1) | ((apart[..., 0] < 1) & (place < 2))
-        return worth_of(call, lse, config, blocks, backend).masked_fill(band.to(call.q.device), torch.inf)
+        return worth_of(call, lse, config, blocks, pooled, backend).masked_fill(band.to(call.q.device), torch.inf)
 
     def plan(call: AttentionCall, config: MethodConfig, state: LayerState) -> SparsePlan | Dense:
         with mock.patch.object(auto, "_worth", worth):

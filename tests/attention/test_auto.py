@@ -316,6 +316,28 @@ def test_more_fidelity_keeps_more():
     assert densities == sorted(densities) and densities[0] + 0.4 < densities[-1]
 
 
+@pytest.mark.leaves_dense
+def test_a_layer_that_can_skip_next_to_nothing_stays_dense_and_is_searched_once_more():
+    """Where AdaSpa would search again, and not in between: a dense call costs less than a sparse one that keeps everything."""
+    layout = LAYOUTS["9x16x16"]
+    run = make_session(auto, fidelity=0.999)
+    easy, hard = (structured(layout), random_qkv(layout, heads=3))
+    reasons = []
+    for step in range(1, 8):
+        answer = sparse_attention(make_call(layout, easy if step >= 5 else hard, step=step), run)
+        reasons.append(answer.reason if isinstance(answer, Dense) else "sparse")
+        assert not isinstance(answer, Dense) or answer.planned
+        if step == 5:
+            run.config = dataclasses.replace(run.config, fidelity=0.8)
+    dense = "too little to skip at this fidelity"
+    assert reasons == ["search step", dense, dense, dense, "search step", "sparse", "sparse"], reasons
+    assert sorted(run.record.searches) == [1, 5]
+    # A share that was asked for is kept to.
+    run = make_session(auto, sparsity=0.05)
+    answers = [sparse_attention(make_call(layout, hard, step=step), run) for step in (1, 2)]
+    assert [isinstance(answer, Dense) for answer in answers] == [True, False]
+
+
 def test_what_is_even_is_not_computed():
     """Keys that are all alike in a block are one key without loss, however heavy the block is."""
     layout = LAYOUTS["9x16x16"]
