@@ -1,20 +1,15 @@
-"""Which steps and layers of a run stay dense, from the run's sigmas, never from counting calls."""
+"""Which steps and layers of a run stay dense. Steps are told from sigmas, never by counting calls."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .words import shortened
 
-# The paper's schedules are shares of the run: AdaSpa searches at steps 10 and 30 of 50 (section 4.3).
-WARMUP_PERCENT = 0.2
-REFRESH_PERCENT = 0.6
-# A run this short spends exactly one step on warm-up: more would eat the gain.
-FEW_STEPS = 8
 # Samplers hand back sigmas that went through other dtypes and devices.
-_SAME_SIGMA = 1e-4
+SAME_SIGMA = 1e-4
 
 
 def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
@@ -75,7 +70,7 @@ class Schedule:
         """The step that a sigma belongs to: the last one that starts at or above it."""
         step = 0
         for index in range(self.steps):
-            if self.sigmas[index] * (1 + _SAME_SIGMA) >= sigma:
+            if self.sigmas[index] * (1 + SAME_SIGMA) >= sigma:
                 step = index
         return step
 
@@ -88,29 +83,3 @@ class Schedule:
     def sparse_after(self, step: int) -> bool:
         """Whether a step after this one may be sparse: what is found in this one is of use only then."""
         return max(step + 1, self.warmup) < self.steps - self.end
-
-
-def make_schedule(
-    sigmas: Sequence[float], percent_to_sigma: Callable[[float], float], sigma_max: float,
-    warmup_steps: int = -1, end_steps: int = 0, least_warmup: int = 0, warmup_percent: float = WARMUP_PERCENT,
-) -> Schedule:
-    """The schedule of a run.
-
-    sigmas: the run's, falling. percent_to_sigma: the model's (0 is full noise, 1 is none). sigma_max: the model's.
-    warmup_steps: -1 is automatic: the steps above warmup_percent; at least one when the run starts at full noise, exactly
-    one then where it has 8 steps or fewer; none in a second stage that starts below. N is this run's first N.
-    least_warmup: what a method needs at least.
-    """
-    sigmas = tuple(float(sigma) for sigma in sigmas)
-    steps = max(len(sigmas) - 1, 1)
-    if warmup_steps < 0:
-        threshold = percent_to_sigma(warmup_percent)
-        warmup = sum(sigma > threshold * (1 + _SAME_SIGMA) for sigma in sigmas[:steps])
-        if sigmas[0] >= sigma_max * (1 - 1e-3):
-            warmup = 1 if steps <= FEW_STEPS else max(warmup, 1)
-    else:
-        warmup = warmup_steps
-    # The paper re-searches in the last step above its share, as its first search is in the last warm-up step.
-    threshold = percent_to_sigma(REFRESH_PERCENT)
-    above = sum(sigma > threshold * (1 + _SAME_SIGMA) for sigma in sigmas[:steps])
-    return Schedule(sigmas, max(min(warmup, steps), least_warmup), end_steps, above - 1 if above else None)

@@ -11,8 +11,8 @@ from pack.attention.call import AttentionCall, Dense
 from pack.attention.layout import VideoLayout
 from pack.attention.methods import METHODS
 from pack.attention.record import RunRecord
-from pack.attention.schedule import make_schedule
 from pack.attention.session import Session
+from pack.attention.warmup import make_schedule
 from torch import Tensor
 
 

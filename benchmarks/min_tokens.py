@@ -23,8 +23,8 @@ from pack.attention.dispatch import sparse_attention  # noqa: E402
 from pack.attention.layout import VideoLayout  # noqa: E402
 from pack.attention.methods import METHODS  # noqa: E402
 from pack.attention.record import RunRecord  # noqa: E402
-from pack.attention.schedule import make_schedule  # noqa: E402
 from pack.attention.session import Session  # noqa: E402
+from pack.attention.warmup import make_schedule  # noqa: E402
 
 HEADS, HEAD_DIM = 4, 64
 LAYOUTS = [VideoLayout(9, edge, edge) for edge in (8, 11, 16, 21, 26, 32, 43)]

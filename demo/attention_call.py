@@ -20,8 +20,9 @@ from .. import kernels
 from ..attention.call import AttentionCall
 from ..attention.layout import VideoLayout
 from ..attention.record import RunRecord
-from ..attention.schedule import Schedule, make_schedule
+from ..attention.schedule import Schedule
 from ..attention.session import Session
+from ..attention.warmup import make_schedule
 from ..kernels import SparsePlan
 from .runs import HEAD_DIM, HEADS, RUNS, Run
 from .sampler import make_sigmas, percent_to_sigma

@@ -21,8 +21,8 @@ from ..attention.call import AttentionCall, Dense
 from ..attention.dispatch import sparse_attention
 from ..attention.layout import VideoLayout
 from ..attention.record import RunRecord
-from ..attention.schedule import make_schedule
 from ..attention.session import Session
+from ..attention.warmup import make_schedule
 from .clips import MODEL_FILE, first_frames, model_input, start_noise
 from .runs import HEAD_DIM, HEADS, LAYERS, Job, OnStep, Outcome, Run, dense_record
 from .sampler import TIMESTEPS, make_sigmas, percent_to_sigma, sample

@@ -28,8 +28,9 @@ from ..attention.layout import VideoLayout
 from ..attention.pattern import Keeping, Pattern
 from ..attention.probe import Probe, ProbeConfig
 from ..attention.record import RunRecord
-from ..attention.schedule import WARMUP_PERCENT, Schedule, make_schedule
+from ..attention.schedule import Schedule
 from ..attention.session import Session
+from ..attention.warmup import WARMUP_PERCENT, make_schedule
 from . import host, outlook, pattern_files, video_models
 from .model_row import Call, Evaluation, Layer, VideoModel
 from .status import StatusLine, hint

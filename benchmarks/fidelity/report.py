@@ -167,38 +167,25 @@ def _verdict(differences: Sequence) -> str:
 
 
 def few_steps_table(data: dict) -> str:
-    """Schedules for few steps, at equal sparsity of a call and at equal work, and the best of the latter."""
+    """Schedules for few steps that skip as much of the run, and the best of them."""
     rows = _of(data["rows"], "few-steps")
     if not rows:
         return NOT_MEASURED
     schedules = sorted({(row["warmup_steps"], row["end_steps"]) for row in rows})
     names = [f"warm-up {warmup}" + (f", end {end}" if end else "") for warmup, end in schedules]
     cells = []
-    for equal_work in (False, True):
-        for method, steps, budget, refresh in dict.fromkeys((row["method"], row["steps"], row["budget"], row["cache_refresh"]) for row in rows):
-            same = [
-                row for row in rows
-                if (row["method"], row["steps"], row["budget"], row["cache_refresh"]) == (method, steps, budget, refresh)
-                and (row["equal_work"] == equal_work or (equal_work and _is_first(row)))
-            ]
-            if len(same) < 2:
-                continue
-            by_schedule = {(row["warmup_steps"], row["end_steps"]): row for row in same}
-            found = [by_schedule.get(one) for one in schedules]
-            results = [f"{_mean(row)} ({row['run_sparsity']:.2f})" if row else "-" for row in found]
-            how = "the run skips as much" if equal_work else "a call skips as much"
-            cells.append([how, method, f"{steps}", f"{budget:g}", "again" if refresh else "once", *results])
-    tables = [_markdown(["equal", "method", "steps", "sparsity", "searched", *names], cells)] if cells else []
+    for method, steps, budget, refresh in dict.fromkeys((row["method"], row["steps"], row["budget"], row["cache_refresh"]) for row in rows):
+        same = [row for row in rows if (row["method"], row["steps"], row["budget"], row["cache_refresh"]) == (method, steps, budget, refresh)]
+        by_schedule = {(row["warmup_steps"], row["end_steps"]): row for row in same}
+        found = [by_schedule.get(one) for one in schedules]
+        results = [f"{_mean(row)} ({row['run_sparsity']:.2f})" if row else "-" for row in found]
+        cells.append([method, f"{steps}", f"{budget:g}", "again" if refresh else "once", *results])
+    tables = [_markdown(["method", "steps", "sparsity", "searched", *names], cells)]
     best = best_schedules(rows)
     if best:
         lines = [[method, f"{steps}", f"{budget:g}", _schedule(row), psnr(row), runner_up] for method, steps, budget, row, runner_up in best]
-        tables.append(_markdown(["method", "steps", "sparsity", "best schedule at equal work", "PSNR, dB", "over the next"], lines))
-    return "\n\n".join(tables) or NOT_MEASURED
-
-
-def _is_first(row: dict) -> bool:
-    """The schedule whose work the others are brought to."""
-    return (row["warmup_steps"], row["end_steps"]) == (1, 0)
+        tables.append(_markdown(["method", "steps", "sparsity", "best schedule", "PSNR, dB", "over the next"], lines))
+    return "\n\n".join(tables)
 
 
 def _schedule(row: dict) -> str:
@@ -210,7 +197,6 @@ def best_schedules(rows: Sequence[dict]) -> list[tuple[str, int, float, dict, st
     found = []
     for method, steps, budget in dict.fromkeys((row["method"], row["steps"], row["budget"]) for row in rows):
         same = [row for row in rows if (row["method"], row["steps"], row["budget"]) == (method, steps, budget)]
-        same = [row for row in same if row["equal_work"] or _is_first(row)]
         same = [row for row in same if row["run_sparsity"] >= max(row["run_sparsity"] for row in same) - _SAME_WORK]
         if len(same) >= 2:
             first, second, *_ = sorted(same, key=lambda row: fmean(flat(row["psnr_db"])), reverse=True)

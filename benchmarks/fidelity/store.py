@@ -22,6 +22,9 @@ HARNESS = (
     "benchmarks/fidelity/methods.py", "benchmarks/fidelity/hosts.py",
 )
 
+# What they decide is in a run's key, as settings.
+CHOOSES = ("warmup.py",)
+
 
 @cache
 def file_hash(path: Path) -> str:
@@ -50,11 +53,11 @@ def code_of(method: str | None, triton: bool, nodes: bool) -> tuple[Path, ...]:
     """
     found = {ROOT / name for name in HARNESS}
     if method is not None:
-        found |= {path for path in (ROOT / "attention").glob("*.py") if path.name != "__init__.py"}
+        found |= {path for path in (ROOT / "attention").glob("*.py") if path.name not in ("__init__.py", *CHOOSES)}
         found |= _with_imports(ROOT / "attention" / "methods" / f"{method}.py")
         found |= {path for path in (ROOT / "kernels").glob("*.py") if triton or not path.name.startswith("triton_")}
     if nodes:
-        found |= set((ROOT / "nodes").glob("*.py"))
+        found |= set((ROOT / "nodes").glob("*.py")) | {ROOT / "attention" / name for name in CHOOSES}
     return tuple(sorted(found))
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from pack.attention.methods import adaspa, auto, svg
-from pack.attention.schedule import make_schedule
+from pack.attention.warmup import make_schedule
 from pack.demo import measures
 from pack.demo.clips import CLIPS_FILE, MODEL_FILE, Clips, to_pixels
 from pack.demo.runs import HEAD_DIM, HEADS, LAYERS, Job
@@ -57,15 +57,15 @@ class Study:
     def key(self, variant: Variant, budget: float, seed: int) -> str:
         """Of what a run does, not of what it is called: two variants of the same settings are one run."""
         steps = self.steps_of(variant)
-        config = variant.config(budget, steps)
+        config, refresh_at = variant.config(budget, steps), None
         if not self.host.nodes:  # where nodes run, they know best what automatic is
             sigmas = make_sigmas(steps).tolist()
             schedule = make_schedule(sigmas, percent_to_sigma, 1.0, config.warmup_steps, config.end_steps, variant.method.LEAST_WARMUP)
-            config = replace(config, warmup_steps=schedule.warmup)
+            config, refresh_at = replace(config, warmup_steps=schedule.warmup), schedule.refresh_at
         files = code_of(_FILES[module_of(variant.method).NAME], self.host.triton, self.host.nodes)
         return key_of({
-            **self._common, "code": code_hash(files), "run": identity(variant.method), "config": asdict(config), "seed": seed, "steps": steps,
-            "dense": self.dense_key(seed, steps),
+            **self._common, "code": code_hash(files), "run": identity(variant.method), "config": asdict(config), "refresh_at": refresh_at,
+            "seed": seed, "steps": steps, "dense": self.dense_key(seed, steps),
         })
 
     def dense(self, seed: int, steps: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any
 
 from pack.attention.config import MOST_SPARSITY, MethodConfig
@@ -64,7 +65,7 @@ class Variant:
         settings = self._settings(steps)
         sparsity = budget
         if self.equal_work:
-            sparse = steps - max(settings["warmup_steps"], 1) - settings.get("end_steps", 0)
+            sparse = steps - max(settings["warmup_steps"], self.method.LEAST_WARMUP) - settings.get("end_steps", 0)
             if sparse <= 0 or budget * (steps - 1) / sparse > MOST_SPARSITY:
                 return None
             sparsity = round(budget * (steps - 1) / sparse, 6)
@@ -189,26 +190,23 @@ _BETTER = (
 # ---- few steps ----
 
 FEW_STEPS = (4, 6, 8)
-FEW_BUDGETS = (0.7, 0.8)
-FEW_WARMUPS = (1, 2, 3)
+FEW_BUDGETS = (0.5, 0.7)
+FEW_WARMUPS = (0, 1, 2, 3)
+# How often it looks for what to keep: as it comes, and once.
+_LOOKS = {svg.NAME: ((-1, "at every step"), (0, "once")), adaspa.NAME: ((-1, "again"), (0, "once")), auto.NAME: ((-1, "again"), (0, "once"))}
 
 
 def _few_steps() -> Iterable[Variant]:
-    for name, method in (("adaspa", adaspa), ("auto", auto)):
-        for steps in FEW_STEPS:
-            for warmup in FEW_WARMUPS:
-                for end in (0, 1):
-                    for refresh, how in ((-1, "searches again"), (0, "one search")):
-                        if warmup + end >= steps:
-                            continue
-                        settings = {"warmup_steps": warmup, "end_steps": end, "cache_refresh": refresh}
-                        label = f"{name}-{steps}-steps-warmup-{warmup}-end-{end}-{'again' if refresh else 'once'}"
-                        title = f"{method.NAME}, {steps} steps, warm-up {warmup}, {end} dense at the end, {how}"
-                        yield Variant(label, title, "a schedule for few steps", method, settings, ("few-steps",), FEW_BUDGETS, steps)
-                        if (warmup, end) != (1, 0):  # which is what equal work means
-                            about = "the same, at a higher sparsity: as much is skipped as with warm-up 1"
-                            label, title = f"{label}-equal-work", f"{title}, equal work"
-                            yield Variant(label, title, about, method, settings, ("few-steps",), FEW_BUDGETS, steps, equal_work=True)
+    """Schedules that skip as much of the run as one step of warm-up does; with equal sparsity, the longer warm-up would always win."""
+    for name, method in (("svg", svg), ("adaspa", adaspa), ("auto", auto)):
+        for steps, warmup, end, (refresh, how) in product(FEW_STEPS, FEW_WARMUPS, (0, 1), _LOOKS[method.NAME]):
+            if warmup < method.LEAST_WARMUP or warmup + end >= steps:
+                continue
+            settings = {"warmup_steps": warmup, "end_steps": end, "cache_refresh": refresh, "dense_layers": ""}
+            label = f"{name}-{steps}-steps-warmup-{warmup}-end-{end}-{how.split()[-1]}"
+            title = f"{method.NAME}, {steps} steps, warm-up {warmup}, {end} dense at the end, {how}"
+            about = "a schedule for few steps" if (warmup, end) == (1, 0) else "at another sparsity: the run skips as much as with warm-up 1"
+            yield Variant(label, title, about, method, settings, ("few-steps",), FEW_BUDGETS, steps, equal_work=True)
 
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (*_PLOT, *_PAPER, *_BETTER, *_few_steps())}

@@ -24,8 +24,8 @@ from pack.attention.dispatch import sparse_attention
 from pack.attention.layout import VideoLayout
 from pack.attention.methods import METHODS
 from pack.attention.record import RunRecord
-from pack.attention.schedule import make_schedule
 from pack.attention.session import Session
+from pack.attention.warmup import make_schedule
 from pack.kernels import SparsePlan
 from video_oracle import chunks, frame_and_patch, is_text, key_blocks, place, video_rows
 

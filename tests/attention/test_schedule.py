@@ -2,7 +2,8 @@
 
 import pytest
 from pack.attention.methods import adaspa, svg
-from pack.attention.schedule import Schedule, in_layers, make_schedule, parse_layers, without_layers
+from pack.attention.schedule import Schedule, in_layers, parse_layers, without_layers
+from pack.attention.warmup import make_schedule
 
 
 def flow(shift):

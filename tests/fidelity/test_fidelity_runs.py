@@ -93,7 +93,7 @@ def test_what_is_finished_is_not_made_again(study, host, tmp_path):
 
 
 def test_a_variant_of_own_sparsities_takes_those_asked_for_or_all(study):
-    svg, fixed, impossible = VARIANTS["svg"], VARIANTS["svg-fixed"], VARIANTS["adaspa-4-steps-warmup-3-end-0-once-equal-work"]
+    svg, fixed, impossible = VARIANTS["svg"], VARIANTS["svg-fixed"], VARIANTS["adaspa-4-steps-warmup-3-end-0-once"]
     assert study.budgets_of(svg, (0.5, 0.7)) == [0.5, 0.7] and study.budgets_of(impossible, (0.7,)) == []
     assert [study.budgets_of(fixed, asked) for asked in ((0.5, 0.7), (0.7, 0.8, 0.9), (0.5,))] == [[0.7], [0.7, 0.8], [0.7, 0.8]]
 

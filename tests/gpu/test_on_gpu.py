@@ -15,8 +15,8 @@ from pack.attention.dispatch import sparse_attention
 from pack.attention.layout import VideoLayout
 from pack.attention.methods import METHODS
 from pack.attention.record import RunRecord
-from pack.attention.schedule import make_schedule
 from pack.attention.session import Session
+from pack.attention.warmup import make_schedule
 from pack.kernels import SparsePlan, TokenOrder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
