@@ -61,12 +61,16 @@ def recorded(host, recording, model):
     return host.wrap(model, "APPLY_MODEL", evaluation), lambda patched: host.wrap(patched, "APPLY_MODEL", calls, key="calls")
 
 
+# As the nodes ask for it. Auto then tries out thresholds, and searches again where it has drifted.
+ASKED = {"svg": {"sparsity": 0.4}, "adaspa": {"sparsity": 0.4}, "auto": {"fidelity": 0.8}}
+
+
 def run(host, recording, method, family="wan", then=lambda model: model, model=None, **how):
     """One recorded run: (its output, its record). Settings of the patch are told from those of the run by name."""
     how.setdefault("frames", 5)
     settings = {name: how.pop(name) for name in list(how) if name not in ("cfg", "steps", "batch", "frames", "sampler", "padded", "callback")}
     outside, inside = recorded(host, recording, host.load(family) if model is None else model)
-    patched = then(host.patch(method, outside, **{"sparsity": 0.4, **settings}))
+    patched = then(host.patch(method, outside, **{**ASKED[method], **settings}))
     with recording:
         out = host.sample(inside(patched), family, **how)
     assert recording.pauses and not recording.paused
@@ -120,7 +124,7 @@ def test_no_model_leaves_anything_in_the_recording(host, method, family, recordi
     assert record.sparse_calls == 3 * 2 * host.layers[family]
     found = {"svg": {"sampled_errors"}, "adaspa": {"attention_with_lse", "block_mass"}, "auto": {"attention_with_lse", "block_errors"}}[method]
     assert recording.ops == found | {"block_sparse_attention"} | (set() if method == "svg" else {"pool_blocks"})
-    assert torch.equal(out, host.sample(host.patch(method, host.load(family), sparsity=0.4), family, cfg=5.0, frames=5))
+    assert torch.equal(out, host.sample(host.patch(method, host.load(family), **ASKED[method]), family, cfg=5.0, frames=5))
 
 
 EVERY_OPTION = [
@@ -202,7 +206,7 @@ def test_what_is_kept_for_a_pattern_and_what_is_loaded_from_one(host, method, re
 
     found = []
     outside, inside = recorded(host, recording, host.load("wan"))
-    patched = wanted(host.patch(method, outside, sparsity=0.4, cache_refresh=2))
+    patched = wanted(host.patch(method, outside, **ASKED[method], cache_refresh=2))
     with recording:
         host.sample(inside(patched), "wan", cfg=5.0, steps=5, frames=5)
     found = patched.get_attachment(host.module("host").KEY).patterns["6"]
