@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from .config import MethodConfig
 from .schedule import SAME_SIGMA, Schedule
 
 # The paper's schedules are shares of the run: AdaSpa searches at steps 10 and 30 of 50 (section 4.3).
 WARMUP_PERCENT = 0.2
 REFRESH_PERCENT = 0.6
-# A run this short spends exactly one step on warm-up: more would eat the gain.
+# A run this short spends at most one step on warm-up: more of them would have to be paid for with more sparsity in the others, which costs
+# more than they bring (docs/FIDELITY.md, "Few steps").
 FEW_STEPS = 8
+# Runs that `without_warmup` was measured on.
+_SPREAD = range(4, FEW_STEPS + 1)
 
 
 def make_schedule(
@@ -29,7 +34,7 @@ def make_schedule(
     if warmup_steps < 0:
         threshold = percent_to_sigma(warmup_percent)
         warmup = sum(sigma > threshold * (1 + SAME_SIGMA) for sigma in sigmas[:steps])
-        if sigmas[0] >= sigma_max * (1 - 1e-3):
+        if _is_from_full_noise(sigmas, sigma_max):
             warmup = 1 if steps <= FEW_STEPS else max(warmup, 1)
     else:
         warmup = warmup_steps
@@ -37,3 +42,19 @@ def make_schedule(
     threshold = percent_to_sigma(REFRESH_PERCENT)
     above = sum(sigma > threshold * (1 + SAME_SIGMA) for sigma in sigmas[:steps])
     return Schedule(sigmas, max(min(warmup, steps), least_warmup), end_steps, above - 1 if above else None)
+
+
+def without_warmup(config: MethodConfig, sigmas: Sequence[float], sigma_max: float) -> MethodConfig:
+    """The settings of a run of few steps with its one warm-up step exchanged for less sparsity: as much of the run is skipped.
+
+    The same settings where the run is longer, or starts below full noise. For methods that need no warm-up, where both knobs are automatic.
+    """
+    steps = len(sigmas) - 1
+    sparse = steps - config.end_steps
+    if steps not in _SPREAD or sparse < 2 or not _is_from_full_noise(sigmas, sigma_max):
+        return config
+    return replace(config, warmup_steps=0, sparsity=round(config.sparsity * (sparse - 1) / sparse, 3))
+
+
+def _is_from_full_noise(sigmas: Sequence[float], sigma_max: float) -> bool:
+    return sigmas[0] >= sigma_max * (1 - 1e-3)

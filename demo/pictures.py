@@ -11,7 +11,6 @@ from torch import Tensor
 
 _VIDEO_SCALE = 3
 _FRAMES_PER_SECOND = 6
-_PICTURE_SCALE = 2
 _COLUMNS = 5
 _LABEL_WIDTH, _GAP, _TITLE_HEIGHT = 190, 6, 34
 _INK, _PAPER = 30, 250
@@ -23,12 +22,12 @@ def write_video(path: Path, video: Tensor) -> None:
     imageio.imwrite(path, frames[..., None].repeat(3, -1), fps=_FRAMES_PER_SECOND, codec="libx264", quality=9, macro_block_size=4)
 
 
-def write_side_by_side(path: Path, clips: list[tuple[str, list[tuple[str, Tensor]]]]) -> None:
+def write_side_by_side(path: Path, clips: list[tuple[str, list[tuple[str, Tensor]]]], scale: int = 2) -> None:
     """One block a clip, one row a video, one column a frame.
 
-    clips: for each a title and its rows, each a label and a video, luminance from 0 to 1, [T, H, W].
+    clips: for each a title and its rows, each a label and a video, luminance from 0 to 1, [T, H, W]. scale: the side of a pixel.
     """
-    blocks = [_block(title, rows) for title, rows in clips]
+    blocks = [_block(title, rows, scale) for title, rows in clips]
     picture = Image.new("L", (blocks[0].width, sum(block.height for block in blocks)), _PAPER)
     top = 0
     for block in blocks:
@@ -37,9 +36,9 @@ def write_side_by_side(path: Path, clips: list[tuple[str, list[tuple[str, Tensor
     picture.save(path)
 
 
-def _block(title: str, rows: list[tuple[str, Tensor]]) -> Image.Image:
+def _block(title: str, rows: list[tuple[str, Tensor]], scale: int) -> Image.Image:
     frames, height, width = rows[0][1].shape
-    height, width = height * _PICTURE_SCALE, width * _PICTURE_SCALE
+    height, width = height * scale, width * scale
     shown = np.linspace(0, frames - 1, min(_COLUMNS, frames)).round().astype(int)
     block = Image.new("L", (_LABEL_WIDTH + len(shown) * (width + _GAP), _TITLE_HEIGHT + len(rows) * (height + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(block)
@@ -51,7 +50,7 @@ def _block(title: str, rows: list[tuple[str, Tensor]]) -> Image.Image:
         for row, (label, video) in enumerate(rows):
             top = _TITLE_HEIGHT + row * (height + _GAP)
             draw.text((_GAP, top + _GAP), label, fill=_INK, font=font)
-            block.paste(Image.fromarray(_bytes(video[frame][None], _PICTURE_SCALE)[0]), (left, top))
+            block.paste(Image.fromarray(_bytes(video[frame][None], scale)[0]), (left, top))
     return block
 
 

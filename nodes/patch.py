@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..attention.call import AttentionCall, Dense
 from ..attention.clock import mark
-from ..attention.config import Automatic, MethodConfig
+from ..attention.config import AUTOMATIC, Automatic, MethodConfig
 from ..attention.dispatch import looks_ahead, sparse_attention, stays_dense
 from ..attention.layout import VideoLayout
 from ..attention.pattern import Keeping, Pattern
@@ -30,7 +30,7 @@ from ..attention.probe import Probe, ProbeConfig
 from ..attention.record import RunRecord
 from ..attention.schedule import Schedule
 from ..attention.session import Session
-from ..attention.warmup import WARMUP_PERCENT, make_schedule
+from ..attention.warmup import WARMUP_PERCENT, make_schedule, without_warmup
 from . import host, outlook, pattern_files, video_models
 from .model_row import Call, Evaluation, Layer, VideoModel
 from .status import StatusLine, hint
@@ -40,6 +40,7 @@ PROBE = host.KEY + "_probe"
 # And a node that loads plans from a file.
 PATTERN = host.KEY + "_pattern"
 # Two ways to skip the same attention: the host's own takes its calls before they come here, so all is left to it.
+_IN_FEW_STEPS = "few steps ({}): no warm-up, and {:.0%} skipped at each step instead of {:.0%}, as much of the run"
 _LEFT_TO_HOST = "left to Model Sparse Attention"
 _TWO_OF_THEM = "Model Sparse Attention is on this model too: it acts and this node does nothing; bypass one of the two"
 _MOST_PATTERNS = 4  # of one model's sampler nodes; they may be large
@@ -170,7 +171,10 @@ class _Run:
         network = video_models.network_of(guider.model_patcher)
         row = video_models.find(network)
         layers, automatic, source = _facts(row, network, self.method)
-        config = self.config.resolved(automatic)
+        config, short = self.config.resolved(automatic), None
+        if self.config.sparsity == AUTOMATIC and config.warmup_steps < 0 and not self.method.LEAST_WARMUP:
+            usual, config = config, without_warmup(config, sigmas.tolist(), float(sampling.sigma_max))
+            short = _IN_FEW_STEPS.format(len(sigmas) - 1, config.sparsity, usual.sparsity) if config != usual else None
 
         def with_least(warmup: int) -> Schedule:
             return make_schedule(
@@ -183,8 +187,8 @@ class _Run:
         record.model, record.node = row.name, host.executing_node()
         if config != self.config or (config.warmup_steps < 0 and automatic.warmup != WARMUP_PERCENT):
             record.automatic = source  # the table had a say
-        if self.note:
-            record.note(self.note)
+        for note in filter(None, (self.note, short)):
+            record.note(note)
         session = Session(self.method, config, schedule, seed or 0, record, layers)
         if host.has_model_sparse_attention(guider.model_patcher):
             if config.strict:

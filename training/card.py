@@ -44,6 +44,10 @@ PSNR against the true clip in dB, frames after the first ({sampling} steps, seed
 
 {videos}
 
+What moves comes out where it belongs and blurred, what stands still as it is:
+
+![Each window, true and as the model continues it](clips.jpg)
+
 ## Its attention
 
 Means over {windows} windows at {looks} points of a run; `evaluation.json` has every layer and head.

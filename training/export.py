@@ -1,6 +1,7 @@
 """Takes a training run's moving average out: python -m training.export --checkpoint FILE --output FOLDER.
 
-Writes the weights (ComfyUI's names; UNETLoader knows them as Wan 2.1), the clips to continue, evaluation.json and README.md, the model card.
+Writes the weights (ComfyUI's names; UNETLoader knows them as Wan 2.1), the clips to continue and a picture of how it does,
+evaluation.json and README.md, the model card.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from pathlib import Path
 
 import torch
+from pack.demo.clips import to_pixels
+from pack.demo.pictures import write_side_by_side
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from .clips import Clips, NoClipsError, load_clips
 from .evaluate import attention_figures, video_figures, videos
 from .model import Size, WanVideo
 
-MODEL, CLIPS = "tiny_wan_clips.safetensors", "clips.safetensors"
+MODEL, CLIPS, PICTURE = "tiny_wan_clips.safetensors", "clips.safetensors", "clips.jpg"
 
 
 def main() -> None:
@@ -42,18 +45,30 @@ def main() -> None:
     save_clips(clips, arguments.output / CLIPS)
     model = WanVideo(size)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    evaluation = evaluate(model.to(arguments.device), clips, state, arguments.windows, arguments.beginning)
+    model.to(arguments.device)
+    clips = as_stored(clips, arguments.windows, arguments.device)
+    made = videos(model, clips)
+    write_side_by_side(arguments.output / PICTURE, pictures(made, clips), scale=1)
+    evaluation = evaluate(model, clips, made, state, arguments.beginning)
     (arguments.output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     (arguments.output / "README.md").write_text(model_card(evaluation), encoding="utf-8")
     print(model_card(evaluation))
 
 
-def evaluate(model: WanVideo, clips: Clips, state: dict, windows: int | None = None, beginning: str = "") -> dict:
-    """Everything that the model card says in figures."""
-    device = next(model.parameters()).device
-    # The clips as they are stored.
-    clips = Clips(clips.latents[:windows].half().float().to(device), clips.text[:windows].to(device), clips.names[:windows])
-    rows = video_figures(videos(model, clips).cpu(), Clips(clips.latents.cpu(), clips.text.cpu(), clips.names))
+def as_stored(clips: Clips, windows: int | None = None, device: str = "cpu") -> Clips:
+    """The first windows as the file has them: in float16, and read back."""
+    return Clips(clips.latents[:windows].half().float().to(device), clips.text[:windows].to(device), clips.names[:windows])
+
+
+def pictures(made: Tensor, clips: Clips) -> list[tuple[str, list[tuple[str, Tensor]]]]:
+    """For each window its name, the true clip and the model's."""
+    pixels = zip(clips.names, to_pixels(clips.latents.cpu()), to_pixels(made.cpu()), strict=True)
+    return [(name, [("the true clip", true), ("the model", ours)]) for name, true, ours in pixels]
+
+
+def evaluate(model: WanVideo, clips: Clips, made: Tensor, state: dict, beginning: str = "") -> dict:
+    """Everything that the model card says in figures. made: the model's videos of these clips, as `videos` makes them."""
+    rows = video_figures(made.cpu(), Clips(clips.latents.cpu(), clips.text.cpu(), clips.names))
     return {
         "date": datetime.date.today().isoformat(),
         "parameters": sum(weight.numel() for weight in model.parameters()),

@@ -1,9 +1,11 @@
 """Which steps and layers stay dense: the warm-up rules on the schedules that samplers make."""
 
+from dataclasses import replace
+
 import pytest
 from pack.attention.methods import adaspa, svg
 from pack.attention.schedule import Schedule, in_layers, parse_layers, without_layers
-from pack.attention.warmup import make_schedule
+from pack.attention.warmup import make_schedule, without_warmup
 
 
 def flow(shift):
@@ -61,6 +63,24 @@ def test_a_stage_that_starts_past_the_refresh_has_none_due():
 def test_a_number_is_this_runs_first_steps(asked, warmup):
     assert run(20, warmup_steps=asked).warmup == warmup
     assert run(20, first=0.5, warmup_steps=asked).warmup == warmup
+
+
+@pytest.mark.parametrize("steps", range(4, 9))
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_short_run_without_warmup_skips_as_much(steps, end):
+    usual = svg.CONFIG(sparsity=0.7, end_steps=end)
+    sigmas = run(steps).sigmas
+    config = without_warmup(usual, sigmas, 1.0)
+    assert config.warmup_steps == 0 and config.sparsity * (steps - end) == pytest.approx(0.7 * (steps - end - 1), abs=0.005)
+    assert replace(config, warmup_steps=-1, sparsity=0.7) == usual
+
+
+def test_other_runs_keep_their_warmup():
+    config = svg.CONFIG(sparsity=0.7)
+    for schedule in (run(3), run(9), run(20), run(6, first=0.5)):
+        assert without_warmup(config, schedule.sigmas, 1.0) == config
+    ends = replace(config, end_steps=5)
+    assert without_warmup(ends, run(6).sigmas, 1.0) == ends  # one sparse step: nothing to spread
 
 
 @pytest.mark.parametrize("asked, warmup", [(0, 1), (1, 1), (2, 2)])

@@ -280,3 +280,17 @@ def test_clones_of_a_patched_model_share_its_log(host, method):
     later = host.wrap(patched, "DIFFUSION_MODEL", lambda executor, *args, **kwargs: executor(*args, **kwargs))
     host.sample(later, "wan")
     assert len(host.records(patched)) == 1
+
+
+@pytest.mark.parametrize("knobs, warmup, sparsity", [
+    ({"sparsity": -1}, 0, 0.562), ({"sparsity": 0.4}, 1, 0.4), ({"sparsity": -1, "warmup_steps": 1}, 1, 0.75),
+], ids=str)
+def test_svg_spreads_what_a_short_run_skips_where_both_are_automatic(host, knobs, warmup, sparsity):
+    """As much of the run, in every step instead of all but one; and the node says so."""
+    patched = host.patch("svg", host.load("hunyuan"), **knobs)
+    host.sample(patched, "hunyuan", steps=4)
+    record = host.record(patched)
+    assert (record.warmup, record.config.sparsity) == (warmup, sparsity)
+    said = [note for note in record.notes if note.startswith("few steps")]
+    assert said == ([] if warmup else ["few steps (4): no warm-up, and 56% skipped at each step instead of 75%, as much of the run"])
+    assert ("warm-up step" in record.reasons) == bool(warmup) and record.sparse_calls == (4 - warmup) * host.layers["hunyuan"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from pack.demo.clips import MODEL_FILE, to_pixels
+from pack.demo.pictures import write_side_by_side
 from pack.demo.weights import to_diffusers
 from pack.training import clips as clips_module
 from pack.training import evaluate, export
@@ -18,6 +19,7 @@ from pack.training.clips import CURRICULUM, FRAMES, WINDOWS, Clips, NoClipsError
 from pack.training.model import Size, WanVideo, initialise, place_heads
 from pack.training.optimiser import Optimiser, by_muon, orthogonal
 from pack.training.train import Settings, Trainer, draw_sigmas, learning_rate
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -153,8 +155,12 @@ def test_a_checkpoint_becomes_weights_clips_figures_and_a_card(tmp_path):
         patch.setattr(evaluate, "STEPS", 2)
         patch.setattr(evaluate, "LOOKED_AT", (0,))
         patch.setattr(evaluate.videos, "__defaults__", (2, 0))
-        figures = export.evaluate(model, bars, state, windows=1)
+        clips = export.as_stored(bars, windows=1)
+        made = evaluate.videos(model, clips)
+        figures = export.evaluate(model, clips, made, state)
     assert [row["clip"] for row in figures["videos"]] == ["bars@0"]
+    write_side_by_side(tmp_path / "clips.jpg", export.pictures(made, clips), scale=1)
+    assert Image.open(tmp_path / "clips.jpg").width > 3 * 96
     # The bars of clip 0 move by a pixel a frame: what standing still costs follows from that.
     pixels = to_pixels(bars.latents[:1].half().float())[0]
     still = -10 * float((pixels[1:] - pixels[:1]).square().mean().log10())
