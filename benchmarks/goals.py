@@ -28,7 +28,7 @@ def measure(bench: Bench) -> None:
         plan = case.random_plan(asked)
         row = case.measure("goals", {"what": f"forward, random {asked}"}, case.sparse_call(plan), plan, case.density(plan))
         bench.goal(f"sparse forward at density {asked}, share of ideal against our dense", row and row.get("of_own"), goal, True)
-    for name, part in (("orders", _orders), ("searches", _searches), ("precisions", _precisions)):
+    for name, part in (("orders", _orders), ("pooled blocks", _pooled), ("searches", _searches), ("precisions", _precisions)):
         try:
             part(bench, case)
         except Exception as error:  # such as the part's tensors not fitting
@@ -73,6 +73,23 @@ def _orders(bench: Bench, case: Case) -> None:
         bench.compare(f"orders inside the kernel, speed over a copied layout, copies {name}", gain)
 
 
+def _pooled(bench: Bench, case: Case) -> None:
+    """Each skipped block as one key, beside the same blocks with nothing in the place of the others; and making those keys."""
+    _, q_order, k_order = _tile_orders(case)
+    random = case.random_plan(0.2)
+    mask = dataclasses.replace(random.mask, seq_q=q_order.length, seq_k=k_order.length)
+    pool = lambda: kernels.pool_blocks(case.k, case.v, BLOCK_K, k_order=k_order, backend=bench.backend)  # noqa: E731
+    plans = {"dropped": kernels.SparsePlan(mask, q_order, k_order), "pooled": kernels.SparsePlan(mask, q_order, k_order, pool())}
+    rows = {
+        name: case.measure("goals", {"what": f"forward, skipped blocks {name}"}, case.sparse_call(plan), plan, case.density(plan))
+        for name, plan in plans.items()
+    }
+    pooling = _timed_row(bench, {"section": "goals", "what": "pool_blocks"}, pool)
+    dropped, with_pooled = (row and row["ms"] for row in rows.values())
+    cost = ratio(with_pooled and pooling and with_pooled + pooling["ms"], dropped)
+    bench.goal("skipped blocks as one key each, cost over leaving them out", None if cost is None else cost - 1, 0.15, False)
+
+
 def _timed_row(bench: Bench, labels: dict, call: Callable[[], object], dense: float | None = None) -> dict | None:
     def row() -> dict:
         times, memory = bench.time(call)
@@ -83,7 +100,8 @@ def _timed_row(bench: Bench, labels: dict, call: Callable[[], object], dense: fl
 
 
 def _searches(bench: Bench, case: Case) -> None:
-    """SVG's profiling, AdaSpa's block mass and the one-pass search, as shares of our dense forward; the last two in AdaSpa's order."""
+    """SVG's profiling, AdaSpa's block mass, Auto's block errors and the one-pass search, as shares of our dense forward; all but the first in
+    AdaSpa's order."""
     q, k, v, backend = case.q, case.k, case.v, bench.backend
     own = case.dense_ms.get("ours, dense")
     _, q_order, k_order = _tile_orders(case)
@@ -91,11 +109,13 @@ def _searches(bench: Bench, case: Case) -> None:
     candidates = Bands.build(case.shape.layout, 0.7, q.device).candidates()
     rows = sampled_rows(0, 1, 1, 64, case.seq).to(q.device)
     lse = kernels.attention_with_lse(q, k, v, backend=backend)[1]
+    pooled = kernels.pool_blocks(k, v, BLOCK_K, k_order=k_order, backend=backend)
     # An earlier step's is a little off.
     earlier = lse + 0.1 * torch.randn_like(lse)
     searches = (
         ("sampled errors, 64 rows, two candidates", 0.01, lambda: kernels.sampled_errors(q, k, v, rows, candidates, backend=backend)),
         ("block mass", 0.55, lambda: kernels.block_mass(q, k, lse, BLOCK_Q, BLOCK_K, **orders)),
+        ("block errors", 1.6, lambda: kernels.block_errors(q, k, v, lse, BLOCK_Q, BLOCK_K, pooled=pooled, **orders)),
         ("one-pass search", 1.15, lambda: kernels.attention_with_mass(q, k, v, earlier, BLOCK_Q, BLOCK_K, **orders)),
     )
     for name, goal, call in searches:
