@@ -171,8 +171,9 @@ class _Run:
         network = video_models.network_of(guider.model_patcher)
         row = video_models.find(network)
         layers, automatic, source = _facts(row, network, self.method)
+        pattern = guider.model_patcher.get_attachment(PATTERN)
         config, short = self.config.resolved(automatic), None
-        if self.config.sparsity == AUTOMATIC and config.warmup_steps < 0 and not self.method.LEAST_WARMUP:
+        if self.config.sparsity == AUTOMATIC and config.warmup_steps < 0 and not (self.method.LEAST_WARMUP or isinstance(pattern, Pattern)):
             usual, config = config, without_warmup(config, sigmas.tolist(), float(sampling.sigma_max))
             short = _IN_FEW_STEPS.format(len(sigmas) - 1, config.sparsity, usual.sparsity) if config != usual else None
 
@@ -196,7 +197,6 @@ class _Run:
             session.left_to = _LEFT_TO_HOST
             record.note(_TWO_OF_THEM)
         session.keeping = Keeping() if self.log.pattern_wanted or pattern_files.is_saved() else None
-        pattern = guider.model_patcher.get_attachment(PATTERN)
         if isinstance(pattern, Pattern):
             _start_from(pattern, session, with_least(0))
         return session
