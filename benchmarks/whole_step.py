@@ -28,9 +28,10 @@ from .measuring import MissingError, Report, Stopwatch, machine, raiser, table
 ABOUT = f"""
 Wan-shaped transformers of plain torch (modulation, self-attention with RMS norms and rotary positions, cross-attention to 512 text
 tokens, feed-forward), random weights, one condition. step_ms is the time of the layers run, scaled to the model's number of layers;
-no embedding, head or VAE. SVG and AdaSpa run through the real dispatch at their default settings; their dense layers and steps run
-the default SDPA. "sparse" is one sparse step, SVG's profiling included; "search" AdaSpa's first search, whose step is dense besides,
-as is the one before it; "refresh" its second search. run_ms: the mean step over a run of {STEPS} steps, warm-up and searches included;
+no embedding, head or VAE. The methods run through the real dispatch at their default settings, Auto at the sparsity of AdaSpa's
+(attention under random weights leaves it next to nothing to skip at its fidelity); dense layers and steps run the default SDPA.
+"sparse" is one sparse step, SVG's profiling included; "search" AdaSpa's and Auto's first search, whose step is dense besides, as is
+AdaSpa's one before it; "refresh" AdaSpa's second search. run_ms: the mean step over a run of {STEPS} steps, warm-up and searches included;
 run_gain: the default dense step over it. peak_mib: the most memory allocated during a step, with the weights of the layers run and
 what a method keeps for them: only differences between rows of one model speak.
 """
@@ -163,7 +164,7 @@ class Steps:
 
 
 def measure(report: Report, time: Stopwatch, device: str, dtype: torch.dtype, cases: list[tuple[Model, str, VideoLayout]]) -> None:
-    """Rows of whole steps: dense, SVG and AdaSpa on each case."""
+    """Rows of whole steps: dense, and each method on each case."""
     for model, video, layout in cases:
         labels = {"section": "steps", "model": model.name, "video": video, "tokens": layout.seq_len, "layers": model.layers, "run": model.run}
         try:
@@ -198,7 +199,7 @@ class _Measured:
 
     def method(self, name: str, dense: dict | None) -> None:
         """A method's kinds of step, and the mean over a run."""
-        session = session_of(name)
+        session = session_of(name, sparsity=self.sparsity(name))
         warmup, refresh = session.schedule.warmup, session.schedule.refresh_at
         before = []
         for step in range(session.first_step, warmup):
@@ -214,12 +215,17 @@ class _Measured:
         if before and refresh is not None and not hasattr(METHODS[name], "observe"):
             found = {}
             again.append(self.row(f"{name}, refresh", lambda: lambda: self.steps.sparse(session, refresh, found=found)))
-        skipped = session.end().achieved_sparsity
         if dense and sparse and all(before) and all(again):
-            self.report.attempt({**self.labels, "by": f"{name}, run"}, lambda: self.run(name, skipped, warmup, dense, before, sparse, again))
+            self.report.attempt({**self.labels, "by": f"{name}, run"}, lambda: self.run(name, warmup, dense, before, sparse, again))
 
-    def run(self, name: str, skipped: float, warmup: int, dense: dict, before: list[dict], sparse: dict, again: list[dict]) -> dict:
-        """The mean step over a run. skipped: in sparse calls; before: the method's own warm-up steps; again: its sparse steps that search.
+    @staticmethod
+    def sparsity(name: str) -> float:
+        """What a method is asked to skip: its default, and where that follows from a fidelity, AdaSpa's."""
+        default = METHODS[name].CONFIG().sparsity
+        return default if default >= 0 else METHODS["AdaSpa"].CONFIG().sparsity
+
+    def run(self, name: str, warmup: int, dense: dict, before: list[dict], sparse: dict, again: list[dict]) -> dict:
+        """The mean step over a run. before: the method's own warm-up steps; again: its sparse steps that search.
 
         SVG's layer 0 stays dense by default; a step's other layers are as measured.
         """
@@ -231,8 +237,7 @@ class _Measured:
         rows = [dense] * (warmup - len(before)) + before + [sparse] * (STEPS - warmup - len(again)) + again
         mean = sum(map(step_ms, rows)) / STEPS
         gains = {"step_gain": dense["step_ms"] / step_ms(sparse), "run_ms": mean, "run_gain": dense["step_ms"] / mean}
-        asked = METHODS[name].CONFIG().sparsity
-        return {"sparsity": asked if asked >= 0 else round(skipped, 3), "step_ms": step_ms(sparse), **gains}
+        return {"sparsity": self.sparsity(name), "step_ms": step_ms(sparse), **gains}
 
     def row(self, by: str, make: Callable[[], Callable[[], Tensor]]) -> dict | None:
         def measured() -> dict:

@@ -59,6 +59,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path, triton):
     steps = {row["by"] for row in rows if row["section"] == "steps"}
     assert {"dense, default SDPA", "dense, best SDPA", "SVG, sparse", "SVG, run"} <= steps
     assert {f"AdaSpa, {kind}" for kind in ("before the search", "search", "sparse", "refresh", "run")} <= steps
+    assert {f"Auto, {kind}" for kind in ("search", "sparse", "run")} <= steps
     assert len(found["goals"]) == 14 and all(goal["measured"] != "not measured" for goal in found["goals"])
     text = (tmp_path / "attention_dry_run.md").read_text()
     assert "Its times mean nothing" in text and "## To reach" in text

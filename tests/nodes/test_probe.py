@@ -110,7 +110,9 @@ def test_a_bad_layer_comes_first_and_what_is_suggested_fits_the_patches(host, mo
         patched = host.patch(name, host.load("wan"), dense_layers=dense_layers, sparsity=sparsity)
         host.sample(patched, "wan")
         record = host.record(patched)
-        assert (record.sparse_calls, record.reasons["dense layer"] > 0) == (3, True)
+        # All but the warm-up step; SVG has none in so short a run where no sparsity is asked for.
+        expected = 4 if name == "svg" and sparsity == -1 else 3
+        assert (record.sparse_calls, record.reasons["dense layer"] > 0) == (expected, True)
 
 
 @pytest.mark.parametrize("method", ["svg", "adaspa"])
