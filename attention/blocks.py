@@ -28,11 +28,11 @@ SKIPPED_BLOCKS = ("mean", "drop")
 class BlockConfig(MethodConfig):
     """The knobs of methods that choose blocks. sparsity is asked of each head; below 0, nothing is.
 
-    token_order: "tile" (blocks are compact boxes), "raster" (runs of lines) or "hilbert" (runs of that curve). block_q: queries of a
-    block, 128 or 64. skipped_blocks: "mean" (each counts as one key, its mean) or "drop".
+    token_order: "hilbert" (blocks are runs of that curve, compact in videos of every size), "tile" (boxes of 4 by 4 by 4) or "raster"
+    (runs of lines). block_q: queries of a block, 128 or 64. skipped_blocks: "mean" (each counts as one key, its mean) or "drop".
     """
 
-    token_order: str = "tile"
+    token_order: str = "hilbert"
     block_q: int = BLOCK_Q
     skipped_blocks: str = "mean"
 

@@ -60,7 +60,8 @@ class VideoLayout:
 def tile_major(rows: Tensor, tile: tuple[int, int, int] = TILE) -> Tensor:
     """Video rows [frames, height, width] as one list in which every run of a tile's size is a compact box.
 
-    Boxes at the far edges are smaller, so blocks may straddle boxes; nothing is padded.
+    Boxes at the far edges are smaller, so blocks may straddle boxes, and one of 128 queries
+    may hold the end of a line of boxes and the start of the next: `hilbert` keeps blocks compact there. Nothing is padded.
     """
     ranks = [torch.arange(size, device=rows.device) for size in rows.shape]
     counts = [math.ceil(size / edge) for size, edge in zip(rows.shape, tile, strict=True)]

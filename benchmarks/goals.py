@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from pack import kernels
 from pack.attention.budget import BLOCK_K, BLOCK_Q
-from pack.attention.layout import in_sections, tile_major
+from pack.attention.layout import hilbert, in_sections
 from pack.attention.methods.svg import Bands, sampled_rows
 from torch import Tensor
 
@@ -39,18 +39,18 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator and denominator else None
 
 
-def _tile_orders(case: Case) -> tuple[Tensor, kernels.TokenOrder, kernels.TokenOrder]:
-    """AdaSpa's tile order: its rows, and as orders of queries and of keys, padded at the end to whole blocks."""
+def _default_orders(case: Case) -> tuple[Tensor, kernels.TokenOrder, kernels.TokenOrder]:
+    """AdaSpa's default order of tokens, Hilbert's: its rows, and as orders of queries and of keys, padded at the end to whole blocks."""
     layout = case.shape.layout
     if layout.sink_tokens:
         raise MissingError("orders are compared on a video without text, whose order has no padding inside")
-    rows = tile_major(layout.video_rows(case.q.device))
+    rows = hilbert(layout.video_rows(case.q.device))
     return rows, *(kernels.TokenOrder.shared(in_sections([rows], block)) for block in (BLOCK_Q, BLOCK_K))
 
 
 def _orders(bench: Bench, case: Case) -> None:
-    """The same blocks in row order, in tile order read by the kernel, and over copies that lie in tile order."""
-    rows, q_order, k_order = _tile_orders(case)
+    """The same blocks in row order, in Hilbert order read by the kernel, and over copies that lie in that order."""
+    rows, q_order, k_order = _default_orders(case)
     plain = case.random_plan(0.2)
     ordered = kernels.SparsePlan(dataclasses.replace(plain.mask, seq_q=q_order.length, seq_k=k_order.length), q_order, k_order)
     density, inverse = case.density(ordered), rows.argsort()
@@ -62,7 +62,7 @@ def _orders(bench: Bench, case: Case) -> None:
     def copied() -> Tensor:
         return forward(*(tensor.index_select(2, rows) for tensor in (case.q, case.k, case.v))).index_select(2, inverse)
 
-    with_orders = case.measure("goals", {"what": "forward, tile order"}, case.sparse_call(ordered), ordered, density)
+    with_orders = case.measure("goals", {"what": "forward, Hilbert order"}, case.sparse_call(ordered), ordered, density)
     without = case.measure("goals", {"what": "forward, same blocks without orders"}, case.sparse_call(plain), plain, case.density(plain))
     counted = case.measure("goals", {"what": "forward, copied layout, copies counted"}, lambda: copied, ordered, density)
     free = _timed_row(bench, {"section": "goals", "what": "forward, copied layout, copies not counted"}, lambda: forward(*copies))
@@ -75,7 +75,7 @@ def _orders(bench: Bench, case: Case) -> None:
 
 def _pooled(bench: Bench, case: Case) -> None:
     """Each skipped block as one key, beside the same blocks with nothing in the place of the others; and making those keys."""
-    _, q_order, k_order = _tile_orders(case)
+    _, q_order, k_order = _default_orders(case)
     random = case.random_plan(0.2)
     mask = dataclasses.replace(random.mask, seq_q=q_order.length, seq_k=k_order.length)
     pool = lambda: kernels.pool_blocks(case.k, case.v, BLOCK_K, k_order=k_order, backend=bench.backend)  # noqa: E731
@@ -104,7 +104,7 @@ def _searches(bench: Bench, case: Case) -> None:
     AdaSpa's order."""
     q, k, v, backend = case.q, case.k, case.v, bench.backend
     own = case.dense_ms.get("ours, dense")
-    _, q_order, k_order = _tile_orders(case)
+    _, q_order, k_order = _default_orders(case)
     orders = {"q_order": q_order, "k_order": k_order, "backend": backend}
     candidates = Bands.build(case.shape.layout, 0.7, q.device).candidates()
     rows = sampled_rows(0, 1, 1, 64, case.seq).to(q.device)

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 from pack import kernels
-from pack.attention.layout import VideoLayout, in_sections, tile_major
+from pack.attention.layout import VideoLayout, hilbert, in_sections
 from pack.kernels import triton_config
 from pack.kernels.triton_config import Config
 from torch import Tensor
@@ -39,7 +39,7 @@ class Problem:
 
     def __init__(self, layout: VideoLayout, heads: int, head_dim: int, dtype: torch.dtype, device: str):
         self.q, self.k, self.v = structured_inputs(Shape("tuning", "", layout, heads, head_dim), dtype, device)
-        rows = [layout.sink_rows(torch.device(device)), tile_major(layout.video_rows(torch.device(device)))]
+        rows = [layout.sink_rows(torch.device(device)), hilbert(layout.video_rows(torch.device(device)))]
         orders = [kernels.TokenOrder.shared(in_sections(rows, block)) for block in (BLOCK_Q, BLOCK_K)]
         self.orders = dict(zip(("q_order", "k_order"), orders, strict=True))
         lengths = [order.length for order in orders]

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention.blocks import SKIPPED_BLOCKS
+from ..attention.blocks import SKIPPED_BLOCKS, TOKEN_ORDERS
 from ..attention.methods import adaspa
 from .inputs import ALIASES, CATEGORY, advanced_inputs, common_inputs, model_input, sparsity_input, told_its_id
 from .patch import install
@@ -38,9 +38,9 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
                         tooltip="On: heads that need less give blocks to heads that need more; the mean stays what you asked for.",
                     ),
                     io.Combo.Input(
-                        "token_order", options=["raster", "tile"], default=adaspa.CONFIG.token_order, optional=True, advanced=True,
-                        tooltip="How tokens are put into blocks. tile: compact boxes in time, height and width. "
-                        "raster: runs of a line, as in the paper.",
+                        "token_order", options=list(TOKEN_ORDERS), default=adaspa.CONFIG.token_order, optional=True, advanced=True,
+                        tooltip="How tokens are put into blocks. hilbert: runs of a curve, compact in time, height and width in videos of "
+                        "every size. tile: boxes of 4 by 4 by 4, where the size is a multiple of that. raster: runs of a line, as in the paper.",
                     ),
                 ], [
                     io.Combo.Input(

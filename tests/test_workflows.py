@@ -19,7 +19,7 @@ COMMON = [("sparsity", None), *SHARED]
 LAST = [("backend", "auto"), ("strict", False), ("precision", "auto")]
 OURS = {
     "SparseAttentionPatchSVG": [*COMMON, ("sampled_rows", 64), *LAST],
-    "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "tile"), *LAST, ("skipped_blocks", "mean")],
+    "SparseAttentionPatchAdaSpa": [*COMMON, ("head_adaptive", True), ("token_order", "hilbert"), *LAST, ("skipped_blocks", "mean")],
     "SparseAttentionPatchAuto": [("fidelity", 0.9), *SHARED, *LAST],
     "SparseAttentionReport": [("layer", 0), ("head", 0)],
     "SparseAttentionProbe": [("layers", ""), ("most_layers", 0), ("steps", 3), ("sparsities", "auto"), ("continue_with", "sparse")],

@@ -18,8 +18,8 @@ What the paper leaves open, and what is done here:
   cache skipped the step before, there is no earlier LSE, and the paper's second pass is made with the current one.
 - Search steps {10, 30} of 50 are the last steps above 20 and 60 percent of the run. A stage that ends above may have its last
   step there: a search that no later sparse step can use is not made.
-- Blocks are 128 queries by 64 keys (the paper: 64 by 64; `block_q` 64). With `token_order` "tile", blocks are compact boxes of
-  video rather than runs of a raster line; "raster" is the paper's.
+- Blocks are 128 queries by 64 keys (the paper: 64 by 64; `block_q` 64). They are runs of a Hilbert curve, so compact in time,
+  height and width, rather than runs of a raster line; `token_order` "raster" is the paper's.
 - A skipped block is not dropped: it counts as one key, its mean, with its mean value (`kernels.pool_blocks`). That is 1/64 of its
   work, and docs/FIDELITY.md has what it brings. `skipped_blocks` "drop" is the paper's.
 """

@@ -74,7 +74,7 @@ def one_kind(temporal: bool) -> SimpleNamespace:
     return _like(svg, f"SVG, {'temporal' if temporal else 'spatial'} heads alone", plan)
 
 
-# Tokens of a box of tile order: what "beside" means for blocks.
+# The edge of a compact block of 64 tokens: what "beside" means for blocks.
 _BOX = 4.0
 
 

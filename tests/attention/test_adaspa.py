@@ -94,7 +94,7 @@ def test_each_row_keeps_its_heaviest_blocks_and_all_text(layout, token_order, he
 def test_blocks_of_64_queries_choose_for_themselves(layout, sparsity):
     qkv = random_qkv(layout, batch=1, heads=2)
     run, plan, found = searched(layout, [3 * qkv[0], *qkv[1:]], block_q=64, sparsity=sparsity, head_adaptive=False)
-    kept, text, blocks = token_mask(plan, layout, 1, 2), is_text(layout), video_blocks(layout, "tile", 64)
+    kept, text, blocks = token_mask(plan, layout, 1, 2), is_text(layout), video_blocks(layout, "hilbert", 64)
     assert kept[:, :, text].all() and kept[:, :, :, text].all()
     for h in range(2):
         assert_heaviest(sums(weights(3 * qkv[0][0, h], qkv[1][0, h]), *blocks), kept_blocks(kept[0, h], *blocks))
@@ -110,7 +110,7 @@ def test_blocks_of_64_queries_choose_for_themselves(layout, sparsity):
 def test_a_masked_key_has_no_mass():
     layout = LAYOUTS["5x10x13+prefix"]
     q, k, v = random_qkv(layout)
-    hidden = torch.tensor(video_rows(layout, "tile")[128:256])  # two key blocks of the tile order
+    hidden = torch.tensor(video_rows(layout, "hilbert")[128:256])  # two key blocks of the Hilbert order
     bias = torch.zeros(1, layout.seq_len)
     bias[:, hidden] = torch.finfo(torch.float32).min
     run = make_session(adaspa, sparsity=0.5)
@@ -121,7 +121,7 @@ def test_a_masked_key_has_no_mass():
 
 
 @every_layout
-@pytest.mark.parametrize("token_order, head_adaptive", [("tile", True), ("raster", False)], ids=["tile-adaptive", "raster-uniform"])
+@pytest.mark.parametrize("token_order, head_adaptive", [("hilbert", True), ("raster", False)], ids=["hilbert-adaptive", "raster-uniform"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.5, 0.8, 0.95])
 def test_achieved_sparsity_is_the_asked_one_or_the_floor(layout, sparsity, token_order, head_adaptive):
     qkv = heads_of_all_kinds(layout)
@@ -197,7 +197,7 @@ def test_a_later_search_uses_the_first_lse(name):
     plan = adaspa.plan(call, run.config, run.state(call))
     found = run.state(call).found
     assert found.step == 5
-    kept, blocks = token_mask(plan, layout, 1, 3), video_blocks(layout, "tile")
+    kept, blocks = token_mask(plan, layout, 1, 3), video_blocks(layout, "hilbert")
     for h in range(3):
         mass = weights(2.5 * q[0, h], k[0, h], lse[0, h])
         assert (mass.sum(-1) - 1).abs().max() > 0.5  # stale indeed
@@ -400,7 +400,7 @@ def test_without_the_cache_each_search_weighs_by_its_own_lse():
     plan = adaspa.plan(call, run.config, run.state(call))
     found = run.state(call).found
     assert found.step == 5 and torch.allclose(found.what.figures.recall.double(), recalls(layout, now, plan), atol=1e-4)
-    kept, blocks = token_mask(plan, layout, 1, 3), video_blocks(layout, "tile")
+    kept, blocks = token_mask(plan, layout, 1, 3), video_blocks(layout, "hilbert")
     for h in range(3):
         assert_heaviest(sums(weights(now[0][0, h], now[1][0, h]), *blocks), kept_blocks(kept[0, h], *blocks))
     stale, _, _ = searched(layout, before, sparsity=0.5)
@@ -473,7 +473,7 @@ def blocks_of(run, call):
 
 
 @every_layout
-@pytest.mark.parametrize("token_order, block_q", [("tile", 128), ("tile", 64), ("hilbert", 128)])
+@pytest.mark.parametrize("token_order, block_q", [("tile", 128), ("hilbert", 64), ("hilbert", 128)])
 def test_blocks_follow_their_order_and_hold_every_row_once(layout, token_order, block_q):
     _, plan, _ = searched(layout, random_qkv(layout, dim=8), token_order=token_order, block_q=block_q)
     text = is_text(layout)
@@ -486,8 +486,9 @@ def test_blocks_follow_their_order_and_hold_every_row_once(layout, token_order, 
 
 
 @pytest.mark.parametrize("layout", [VideoLayout(8, 8, 12), VideoLayout(4, 4, 8, prefix=70, suffix=3)], ids=str)
-def test_each_full_box_fills_one_key_block(layout):
-    _, plan, _ = searched(layout, random_qkv(layout, dim=8))
+@pytest.mark.parametrize("token_order", ["tile", "hilbert"])
+def test_each_full_box_fills_one_key_block(layout, token_order):
+    _, plan, _ = searched(layout, random_qkv(layout, dim=8), token_order=token_order)
     numbers = plan.k_order.rows[0].view(-1, BLOCK_K).long() - layout.prefix
     video = [block for block in numbers if ((block >= 0) & (block < layout.video_tokens)).any()]
     boxes = set()

@@ -220,11 +220,11 @@ def test_heads_get_what_they_need():
 
 
 def padded(layout):
-    """Half of the text is padding, and so is one key block of the tile order."""
+    """Half of the text is padding, and so is one key block of the Hilbert order."""
     bias = torch.zeros(1, layout.seq_len)
     text = is_text(layout).nonzero()[:, 0]
     bias[:, text[len(text) // 2 :]] = torch.finfo(torch.float32).min
-    bias[:, chunks(video_rows(layout, "tile"), BLOCK_K)[2]] = -torch.inf
+    bias[:, chunks(video_rows(layout, "hilbert"), BLOCK_K)[2]] = -torch.inf
     return bias
 
 
@@ -342,7 +342,8 @@ def test_what_is_even_is_not_computed():
     """Keys that are all alike in a block are one key without loss, however heavy the block is."""
     layout = LAYOUTS["9x16x16"]
     q, k, v = random_qkv(layout)
-    for block in key_blocks(layout, "tile")[:20]:
+    q += 0.3  # so that all look at what is like their mean
+    for block in key_blocks(layout, "hilbert")[:20]:
         k[:, :, block], v[:, :, block] = k[:, :, block[:1]] * 0.1 + q.mean(2, keepdim=True), v[:, :, block[:1]]
     run, _, kept = searched(layout, (q, k, v), fidelity=0.9)
     chosen = kept_blocks(kept, video_blocks(layout, run))
@@ -372,7 +373,7 @@ def test_where_memory_is_short_groups_of_heads_keep_the_promise(knobs, head_chun
     call = make_call(LAYOUT, qkv, step=2)
     out = sparse_attention(call, run)
     kept = token_mask(auto.plan(call, run.config, run.state(call)), LAYOUT, 2, 3)
-    assert relative_error(out, attention(*qkv, kept, blocks=key_blocks(LAYOUT, "tile"))[0]) < 1e-5
+    assert relative_error(out, attention(*qkv, kept, blocks=key_blocks(LAYOUT, "hilbert"))[0]) < 1e-5
     assert kept[:, :, is_text(LAYOUT)].all() and kept[..., is_text(LAYOUT)].all() and not kept.all()
     density = kept.double().mean((2, 3))
     if "sparsity" in knobs:
@@ -483,7 +484,7 @@ def test_a_search_without_a_later_step_is_made_where_it_is_saved():
     assert run.found_pattern(None) is not None
 
 
-@pytest.mark.parametrize("mode", [{"fidelity": 0.8}, {"sparsity": 0.4}], ids=["fidelity", "sparsity"])
+@pytest.mark.parametrize("mode", [{"fidelity": 0.8}, {"sparsity": 0.6}], ids=["fidelity", "sparsity"])
 def test_a_layer_that_has_drifted_is_searched_anew_and_no_other(mode):
     run = make_session(auto, **mode)
     found = kinds_of(run, range(10), layers=(1, 2, 3), since={2: 5, 3: 8})
@@ -648,7 +649,7 @@ def test_a_row_may_keep_no_block_of_its_own():
     run, plan, kept = searched(layout, qkv, sparsity=0.95)
     assert not kept.any(-1).all()
     out = sparse_attention(make_call(layout, qkv, step=2), run)
-    assert relative_error(out, attention(*qkv, kept, blocks=key_blocks(layout, "tile"))[0]) < 1e-5
+    assert relative_error(out, attention(*qkv, kept, blocks=key_blocks(layout, "hilbert"))[0]) < 1e-5
     tensors = auto.to_pattern(run.state(make_call(layout, qkv)).found.what)
     again = auto.from_pattern(tensors, make_call(layout, qkv), run.config, run)
     blocks = auto._blocks(make_call(layout, qkv), run.config, run)

@@ -14,9 +14,9 @@ def test_defaults_are_the_released_ones():
     shared = {"warmup_steps": -1, "cache_refresh": -1, "end_steps": 0, "min_tokens": -1, "backend": "auto", "strict": False, "precision": "auto"}
     of_svg = {"sparsity": 0.7, "dense_layers": "0", "sampled_rows": 64, "head_types": "online", "first_frame_sink": True}
     assert vars(svg.CONFIG()) == {**shared, **of_svg}
-    of_adaspa = {"sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "tile"}
+    of_adaspa = {"sparsity": 0.8, "dense_layers": "", "head_adaptive": True, "token_order": "hilbert"}
     assert vars(adaspa.CONFIG()) == {**shared, **of_adaspa, "block_q": 128, "lse_cache": True, "always_adapt": False, "skipped_blocks": "mean"}
-    of_auto = {"sparsity": -1, "dense_layers": "", "fidelity": 0.9, "token_order": "tile", "block_q": 128, "skipped_blocks": "mean"}
+    of_auto = {"sparsity": -1, "dense_layers": "", "fidelity": 0.9, "token_order": "hilbert", "block_q": 128, "skipped_blocks": "mean"}
     assert vars(auto.CONFIG()) == {**shared, **of_auto, "selection": "error", "scope": "layer", "sampled_rows": 64}
 
 

@@ -62,6 +62,23 @@ def test_hilbert_order_of_other_videos_is_the_cubes_without_what_lies_outside(la
     assert hilbert(layout.video_rows(CPU)).tolist() == video_rows(layout, "hilbert")
 
 
+@pytest.mark.parametrize("size", [(13, 16, 24), (21, 30, 52), (21, 45, 80)], ids=str)
+def test_blocks_of_hilbert_order_are_compact_whatever_the_size(size):
+    """Sizes of real videos, which are no multiples of a box. Extents are in tokens, of a block's longest side."""
+    rows = torch.arange(torch.Size(size).numel()).view(size)
+
+    def longest_sides(order, block):
+        at = torch.stack(torch.unravel_index(order(rows), size), 1)
+        blocks = at[: len(at) // block * block].view(-1, block, 3)
+        return (blocks.amax(1) - blocks.amin(1)).amax(1) + 1
+
+    for block in (64, 128):
+        compact, boxes, lines = (longest_sides(order, block) for order in (hilbert, tile_major, torch.flatten))
+        assert (compact > 16).float().mean() < 0.01 <= (lines > 16).float().mean()
+        if block == 128:
+            assert (boxes > 16).float().mean() > 0.05
+
+
 def test_sections_start_at_block_edges_and_padding_is_only_at_their_ends():
     rows = in_sections([torch.arange(5), torch.arange(0), torch.arange(5, 13)], 4)
     assert rows.tolist() == [0, 1, 2, 3, 4, -1, -1, -1, 5, 6, 7, 8, 9, 10, 11, 12]

@@ -62,7 +62,7 @@ def test_json_has_the_promised_fields_and_is_plain():
         "notes": ["said"],
     }
     assert {key: data[key] for key in expected} == expected
-    assert data["layout"] == {"frames": 2, "height": 3, "width": 4, "prefix": 1, "suffix": 0} and data["config"]["token_order"] == "tile"
+    assert data["layout"] == {"frames": 2, "height": 3, "width": 4, "prefix": 1, "suffix": 0} and data["config"]["token_order"] == "hilbert"
     assert data["recall_by_layer_and_head"] == {"1": [0.9, 0.5]} and "temporal_share_by_layer_and_head" not in data
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert record.to_json() == data  # reading it changes nothing
