@@ -81,12 +81,14 @@ def _with_picture(data: dict, group: str, words: str, table: str) -> str:
     return f"![{words}]({PICTURES[group]})\n\n{table}" if drawn(data, group) else table
 
 
-def plot_table(data: dict) -> str:
-    """The plot's lines, by sparsity."""
+def plot_table(data: dict, times: bool = True) -> str:
+    """The plot's lines, by sparsity. times: with the milliseconds of a call, the last column."""
     rows = sorted(_of(data["rows"], "plot"), key=lambda row: row["budget"])
     if not rows:
         return NOT_MEASURED
-    return _with_picture(data, "plot", "PSNR against dense by what is skipped, one line a method", _markdown(HEADS, [line(row) for row in rows]))
+    columns = slice(None if times else -1)
+    table = _markdown(HEADS[columns], [line(row)[columns] for row in rows])
+    return _with_picture(data, "plot", "PSNR against dense by what is skipped, one line a method", table)
 
 
 def layers_table(data: dict) -> str:
@@ -205,8 +207,8 @@ def best_schedules(rows: Sequence[dict]) -> list[tuple[str, int, float, dict, st
     return found
 
 
-def setting(data: dict) -> str:
-    """On what it was measured."""
+def setting(data: dict, times: bool = True) -> str:
+    """On what it was measured. times: whether tables tell them."""
     about, layout = data["about"], data["about"]["layout"]
     seeds, clips, clips_of = about["seeds"], about["clips"], ", ".join(about["clips"])
     size = f"{layout['frames']} x {layout['height']} x {layout['width']}"
@@ -221,7 +223,7 @@ def setting(data: dict) -> str:
         "- **Relative L2**: of attention's output, sparse against dense for the same q, k and v, in every sparse call"
         + (f" on {rows:,} of its rows" if rows else "") + "; mean over steps and layers."
         + ("" if any(row["attention_error"] for row in data["rows"]) else " Not told by this host."),
-        *_times(data["rows"]),
+        *(_times(data["rows"]) if times else [_NO_TIMES]),
         *(f"- **{name}** is left out: {reason}." for name, reason in data["left_out"].items()),
         *(f"- Variant `{name}` is left out: {reason}." for name, reason in data["left_out_variants"].items()),
     ]
@@ -239,15 +241,22 @@ def _times(rows: Sequence[dict]) -> list[str]:
     return [words + (f" A dense call takes {fmean(dense):.0f} ms." if dense else "")] if rows else []
 
 
+_NO_TIMES = "- **Times** are left out: such runs take hours, beside other work. The README's demo and benchmarks/results have them."
+
 SECTIONS = {
     "setting": setting, "goals": goals_table, "plot": plot_table, "layers": layers_table, "papers": papers_table, "better": better_table,
     "few-steps": few_steps_table,
 }
 
 
-def sections(data: dict | None) -> dict[str, str]:
-    """Every section's text; without data, that nothing is measured."""
-    return {name: make(data) if data else NOT_MEASURED for name, make in SECTIONS.items()}
+_WITH_TIMES = ("setting", "plot")
+
+
+def sections(data: dict | None, times: bool = True) -> dict[str, str]:
+    """Every section's text; without data, that nothing is measured. times: whether those that have times tell them."""
+    if not data:
+        return dict.fromkeys(SECTIONS, NOT_MEASURED)
+    return {name: make(data, times) if name in _WITH_TIMES else make(data) for name, make in SECTIONS.items()}
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -256,8 +265,8 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def written(page: str, data: dict | None) -> str:
-    """The page with its sections made anew; the words around them stay. Raises ValueError where a section's place is missing."""
-    for name, text in sections(data).items():
+    """The page with its sections made anew, without times; the words around them stay. Raises ValueError where a section's place is missing."""
+    for name, text in sections(data, times=False).items():
         start, end = marks(name)
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
         if len(pattern.findall(page)) != 1:
@@ -274,21 +283,42 @@ def plot(data: dict, group: str, path: Path) -> bool:
     from matplotlib import pyplot
 
     rows = drawn(data, group)
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    if not names:
+    if not rows:
         return False
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5 if len(names) <= 8 else 7.5), sharey=True, layout="constrained")
-    styles = ("-", "--", ":", "-.")
-    of = (("achieved_sparsity", "skipped share of sparse calls"), ("run_sparsity", "skipped share of the run"))
-    for axis, (key, label) in zip(axes, of, strict=True):
-        for number, name in enumerate(names):
-            points = sorted((row[key], fmean(flat(row["psnr_db"])), row["title"]) for row in rows if row["variant"] == name)
+    panels = _PANELS[group](rows)
+    tall = max(len({row["variant"] for row in shown}) for _, _, shown in panels)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5 + 0.22 * tall), sharey=True, layout="constrained", squeeze=False)
+    for axis, (title, share, shown) in zip(axes[0], panels, strict=True):
+        for number, name in enumerate(dict.fromkeys(row["variant"] for row in shown)):
+            points = sorted((row[share], fmean(flat(row["psnr_db"])), row["title"]) for row in shown if row["variant"] == name)
             x, y, titles = zip(*points, strict=True)
-            axis.plot(x, y, marker="o", markersize=4, linestyle=styles[number // 10 % len(styles)], color=f"C{number % 10}", label=titles[0])
-        axis.set_xlabel(label)
+            style = {"color": "black", "linewidth": 2.5} if titles[0] == title else {"color": f"C{number % 10}", "linestyle": _STYLES[number // 10]}
+            axis.plot(x, y, marker="o", markersize=4, label=titles[0], **style)
+        axis.set_title(title)
+        axis.set_xlabel(_SHARES[share])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("PSNR against dense, dB")
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[0][0].set_ylabel("PSNR against dense, dB")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return True
+
+
+_STYLES = ("-", "--", ":", "-.")
+_SHARES = {"achieved_sparsity": "skipped share of sparse calls", "run_sparsity": "skipped share of the run"}
+
+
+def _by_share(rows: Sequence[dict]) -> list[tuple[str, str, Sequence[dict]]]:
+    """A panel of all rows by what sparse calls skip, and one by what the run skips."""
+    return [("sparse calls", "achieved_sparsity", rows), ("the run", "run_sparsity", rows)]
+
+
+def _by_base(rows: Sequence[dict]) -> list[tuple[str, str, Sequence[dict]]]:
+    """A panel for each line that others are switches of: that line, and those, by what the run skips."""
+    by_name = {row["variant"]: row["title"] for row in rows}
+    bases = [base for base in dict.fromkeys(row["base"] for row in rows) if base in by_name]
+    return [(by_name[base], "run_sparsity", [row for row in rows if base in (row["variant"], row["base"])]) for base in bases] or _by_share(rows)
+
+
+# (title, what is skipped, rows) of each panel; a line of the panel's own title is drawn thick.
+_PANELS = {"plot": _by_share, "better": _by_base}

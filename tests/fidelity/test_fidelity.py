@@ -311,14 +311,20 @@ def test_a_page_gets_new_tables_and_keeps_its_words():
     assert "old" not in new and [line for line in new.splitlines() if line.startswith(("# ", "before", "after"))] == [
         line for line in page.splitlines() if line.startswith(("# ", "before", "after"))
     ]
-    assert "| SVG | 0.80 | 0.800 | 0.640 | 25.50 ± 0.71 | 0.9000 | 0.200 | 2 | 12 |" in new
-    assert "| Random blocks | 0.80 | 0.800 | 0.640 | equal |" in new and "A dense call takes" not in new
-    data["rows"][0]["milliseconds"]["dense"] = 45.6
-    assert "A dense call takes 46 ms." in report.written(page, data)
-    del data["rows"][0]["milliseconds"]["dense"]
+    assert "| SVG | 0.80 | 0.800 | 0.640 | 25.50 ± 0.71 | 0.9000 | 0.200 | 2 |\n" in new
+    assert "| Random blocks | 0.80 | 0.800 | 0.640 | equal |" in new and "**Times** are left out" in new
     assert report.written(new, data) == new and report.written(new, None).count(report.NOT_MEASURED) == len(report.SECTIONS)
     with pytest.raises(ValueError, match="no place for layers"):
         report.written(page.replace(report.marks("layers")[0], ""), data)
+
+
+def test_a_run_of_the_command_tells_its_times():
+    data = made_up(row("svg", 0.8, [25.0, 26.0]), row("random", 0.8, [None, None]))
+    texts = report.sections(data)
+    assert "| SVG | 0.80 | 0.800 | 0.640 | 25.50 ± 0.71 | 0.9000 | 0.200 | 2 | 12 |" in texts["plot"]
+    assert "**ms a call**" in texts["setting"] and "A dense call takes" not in texts["setting"]
+    data["rows"][0]["milliseconds"]["dense"] = 45.6
+    assert "A dense call takes 46 ms." in report.sections(data)["setting"]
 
 
 def test_the_page_says_what_the_json_holds():
@@ -337,7 +343,14 @@ def test_a_plot_is_the_same_every_time(tmp_path):
     for name in ("a.png", "b.png"):
         assert report.plot(data, "plot", tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert not report.plot(data, "few-steps", tmp_path / "c.png") and not (tmp_path / "c.png").exists()
+    assert not report.plot(made_up(row("svg-online", 0.8, [30.0, 31.0])), "plot", tmp_path / "c.png") and not (tmp_path / "c.png").exists()
+
+
+def test_switches_are_drawn_beside_what_they_are_switches_of():
+    rows = [row(name, 0.8, [30.0, 31.0]) for name in ("adaspa", "adaspa-drop", "auto", "auto-drop", "auto-once")]
+    panels = [(title, {one["variant"] for one in shown}) for title, _, shown in report._by_base(rows)]
+    assert panels == [("AdaSpa", {"adaspa", "adaspa-drop", "auto"}), ("Auto", {"auto", "auto-drop", "auto-once"})]
+    assert [len(shown) for _, _, shown in report._by_base(rows[1:2])] == [1, 1], "without its base a line is drawn all the same"
 
 
 @pytest.mark.parametrize("rows", [0, 2])
