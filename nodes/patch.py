@@ -39,8 +39,8 @@ from .status import StatusLine, hint
 PROBE = host.KEY + "_probe"
 # And a node that loads plans from a file.
 PATTERN = host.KEY + "_pattern"
-# Two ways to skip the same attention: the host's own takes its calls before they come here, so all is left to it.
 _IN_FEW_STEPS = "few steps ({}): no warm-up, and {:.0%} skipped at each step instead of {:.0%}, as much of the run"
+# Two ways to skip the same attention: the host's own takes its calls before they come here, so all is left to it.
 _LEFT_TO_HOST = "left to Model Sparse Attention"
 _TWO_OF_THEM = "Model Sparse Attention is on this model too: it acts and this node does nothing; bypass one of the two"
 _MOST_PATTERNS = 4  # of one model's sampler nodes; they may be large
