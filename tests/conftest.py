@@ -1,5 +1,6 @@
 """The pack as the module `pack`, and the tests' own helpers (oracle, cases, doubles) on the path."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ torch.set_num_threads(1)
 
 # Folders whose tests share what is dear to set up, such as a server: one process takes them all.
 _TOGETHER = ("host", "browser", "demo")
+# Folders whose tests run methods on random tensors and on networks with random weights.
+_RANDOM_TENSORS = ("attention", "nodes")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,6 +35,15 @@ def pytest_xdist_make_scheduler(config, log):
             return folder if folder in _TOGETHER else nodeid
 
     return ByFolder(config, log)
+
+
+@pytest.fixture(autouse=True)
+def auto_runs_sparse_whatever_it_skips(request):
+    """Random tensors have little to skip, and what Auto does with them is of interest all the same; marked with `leaves_dense`, it is as shipped."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        if request.path.relative_to(TESTS).parts[0] in _RANDOM_TENSORS and not request.node.get_closest_marker("leaves_dense"):
+            patch.setattr(importlib.import_module("pack.attention.methods.auto"), "_LEAST_SKIPPED", 0.0)
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import relative_error
+from oracle import assert_same_figures, relative_error
 
 METHODS = ("svg", "adaspa", "auto")
 FAMILIES = ("wan", "hunyuan", "ltxv", "cogvideox", "unlisted")
@@ -44,16 +44,6 @@ def test_a_sparse_run_skips_what_was_asked(host, family, method):
     assert record.outcome == "finished"
 
 
-def _same(one, other):
-    """The same, but for the last of the digits that figures are rounded to: the host's own layers differ a little by how many they take at once."""
-    if isinstance(one, (dict, list)) and type(one) is type(other) and len(one) == len(other):
-        keys = one if isinstance(one, dict) else range(len(one))
-        for key in keys:
-            _same(one[key], other[key])
-    else:
-        assert one == (pytest.approx(other, abs=3e-6) if isinstance(one, float) else other)
-
-
 @every_method
 @every_family
 def test_conditions_batched_and_apart_give_the_same(host, family, method, batched):
@@ -64,7 +54,7 @@ def test_conditions_batched_and_apart_give_the_same(host, family, method, batche
         outputs.append(host.sample(patched, family, cfg=5.0))
         data.append(host.record(patched).to_json())
     assert relative_error(outputs[1], outputs[0]) < 1e-5
-    _same(data[1], data[0])
+    assert_same_figures(data[1], data[0])
 
 
 @every_method
@@ -74,7 +64,7 @@ def test_conditions_may_change_between_batched_and_apart_during_a_run(host, meth
     out = host.sample(patched, "wan", cfg=5.0, callback=lambda step, *_: batched(step % 2 == 1))
     assert relative_error(out, expected) < 1e-5
     first, second = host.records(patched)
-    assert second.to_json() == first.to_json()
+    assert_same_figures(second.to_json(), first.to_json())
 
 
 @every_method
