@@ -1,12 +1,12 @@
-"""From how many tokens on a sparse call is faster than a dense one: python benchmarks/min_tokens.py [--out FILE].
+"""From how many tokens on a sparse call is faster than a dense one: python -m benchmarks.min_tokens [--out FILE].
 
 The automatic `min_tokens` comes from here. Each length is one self-attention call of 4 heads of 64 in float32, through
-the real dispatch, as a run would make it: SVG classifies at every step, AdaSpa's search is spread over the steps that
-share it. Dense is torch's scaled_dot_product_attention. Medians of interleaved repeats, one process.
+the real dispatch, as a run would make it: SVG classifies at every step, a search of AdaSpa or Auto is spread over the steps
+that share it. Auto is asked for AdaSpa's sparsity: what a fidelity leaves to skip depends on the tensors, and these are noise.
+Dense is torch's scaled_dot_product_attention. Medians of interleaved repeats, one process.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -26,9 +26,12 @@ from pack.attention.record import RunRecord  # noqa: E402
 from pack.attention.session import Session  # noqa: E402
 from pack.attention.warmup import make_schedule  # noqa: E402
 
+from benchmarks.measuring import machine  # noqa: E402
+
 HEADS, HEAD_DIM = 4, 64
 LAYOUTS = [VideoLayout(9, edge, edge) for edge in (8, 11, 16, 21, 26, 32, 43)]
 STEPS = 20
+SPARSITIES = {name: METHODS["AdaSpa" if name == "Auto" else name].CONFIG().sparsity for name in METHODS}
 
 
 def seconds(function, *arguments) -> float:
@@ -41,7 +44,7 @@ def seconds(function, *arguments) -> float:
 
 def session_of(name: str) -> Session:
     method = METHODS[name]
-    config = method.CONFIG(min_tokens=0, dense_layers="")
+    config = method.CONFIG(sparsity=SPARSITIES[name], min_tokens=0, dense_layers="")
     sigmas = [1 - step / STEPS for step in range(STEPS + 1)]
     schedule = make_schedule(sigmas, lambda percent: 1 - percent, 1.0, least_warmup=method.LEAST_WARMUP)
     return Session(method, config, schedule, 0, RunRecord(name, config, STEPS))
@@ -76,11 +79,13 @@ def table(repeats: int) -> str:
         gains = " | ".join(f"{times[name]:.1f} | {times['dense'] / times[name]:.2f}x" for name in METHODS)
         rows.append(f"| {layout.seq_len} | {times['dense']:.1f} | {gains} |")
         print(rows[-1], flush=True)
-    settings = ", ".join(f"{name} sparsity {METHODS[name].CONFIG().sparsity}" for name in METHODS)
+    settings = ", ".join(f"{name} {sparsity}" for name, sparsity in SPARSITIES.items())
+    facts = "; ".join(f"{key} {value}" for key, value in machine("cpu").items())
     head = (
-        f"# A call on a CPU, dense and sparse\n\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"{HEADS} heads of {HEAD_DIM}, float32, batch 1; {settings}; medians of {repeats}. Made by `python benchmarks/min_tokens.py`.\n"
-        "A sparse figure is the mean over a run of 20 steps, profiling and searches included; a gain below 1 is a loss.\n\n"
+        f"# A call on a CPU, dense and sparse\n\n{facts}.\n\n"
+        f"{HEADS} heads of {HEAD_DIM}, float32, batch 1, noise; sparsity: {settings}; medians of {repeats}. Made by\n"
+        "`python -m benchmarks.min_tokens --out FILE`. A sparse figure is the mean over the sparse steps of a run of 20 steps, with profiling and\n"
+        "searches spread over them; a gain below 1 is a loss.\n\n"
     )
     return head + "\n".join(rows) + "\n"
 

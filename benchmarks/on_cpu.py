@@ -27,10 +27,11 @@ CHECKED_ROWS = 64
 
 _ABOUT = f"""The torch backend's `block_sparse_attention` against `scaled_dot_product_attention`: batch 1, {HEADS} heads, random q, k and v
 as views of [B, S, H, D], blocks of {BLOCK_Q} by {BLOCK_K}. Each row of each head's mask keeps its own random blocks, equally
-many. One process, dense and sparse calls interleaved, medians. share_of_ideal = dense_ms x density / sparse_ms.
+many. One process, dense and sparse calls interleaved, medians. share_of_ideal = dense_ms x density / sparse_ms. pooled_ms: the same call
+where a skipped block counts as one key, its mean, as AdaSpa and Auto run it; the means are taken anew in each call.
 memory_mib: how far the peak of resident memory rises over what was resident with the inputs in place, output included,
 measured for each case in another process, where freed memory goes back to the system (Linux; empty elsewhere). error: norm of the difference from
-float64 over its norm, on {CHECKED_ROWS} rows a head.
+float64 over its norm, on {CHECKED_ROWS} rows a head; the larger one of the two calls'.
 """
 
 
@@ -47,6 +48,14 @@ def _sparse(q, k, v, mask):
     return kernels.block_sparse_attention(q, k, v, mask, backend="torch")
 
 
+def _pool(k, v):
+    return kernels.pool_blocks(k, v, BLOCK_K, backend="torch")
+
+
+def _pooled(q, k, v, mask):
+    return kernels.block_sparse_attention(q, k, v, mask, pooled=_pool(k, v), backend="torch")
+
+
 def _shapes(quick: bool):
     seqs, head_dims = ((1024,), (64, 128)) if quick else ((8192, 16384), (64, 128))
     return itertools.product(seqs, head_dims, DTYPES)
@@ -56,20 +65,26 @@ def _measure(seq: int, head_dim: int, dtype: torch.dtype, repeats: int) -> list[
     q, k, v = _inputs(seq, head_dim, dtype)
     masks = {sparsity: _mask(seq, sparsity) for sparsity in SPARSITIES}
     calls = {"dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
-    calls |= {sparsity: lambda mask=mask: _sparse(q, k, v, mask) for sparsity, mask in masks.items()}
+    for sparsity, mask in masks.items():
+        calls[sparsity] = lambda mask=mask: _sparse(q, k, v, mask)
+        calls[sparsity, "pooled"] = lambda mask=mask: _pooled(q, k, v, mask)
     times = interleaved(calls, repeats)
     sample = torch.randperm(seq, generator=torch.Generator().manual_seed(1))[:CHECKED_ROWS]
     rows = []
     for sparsity, mask in masks.items():
-        plan = kernels.SparsePlan(mask)
+        plan, pooled_plan = kernels.SparsePlan(mask), kernels.SparsePlan(mask, pooled=_pool(k, v))
         kept = kernels.density(plan, seq, seq).mean().item()
-        dense, sparse = times["dense"], times[sparsity]
+        dense, sparse, pooled = times["dense"], times[sparsity], times[sparsity, "pooled"]
+        errors = [
+            relative_error(run(q, k, v, mask)[:, :, sample], exact_rows(q, k, v, sample, exact))
+            for run, exact in ((_sparse, plan), (_pooled, pooled_plan))
+        ]
         rows.append({
             "seq": seq, "heads": HEADS, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "sparsity": sparsity,
             "block_q": BLOCK_Q, "block_k": BLOCK_K, "dense_ms": dense.median, "sparse_ms": sparse.median,
             "share_of_ideal": dense.median * kept / sparse.median, "gain": dense.median / sparse.median, "density": kept,
             "sparse_ms_p10": sparse.low, "sparse_ms_p90": sparse.high, "dense_ms_p10": dense.low, "dense_ms_p90": dense.high,
-            "error": relative_error(_sparse(q, k, v, mask)[:, :, sample], exact_rows(q, k, v, sample, plan)),
+            "pooled_ms": pooled.median, "pooled_gain": dense.median / pooled.median, "error": max(errors),
         })
     return rows
 
@@ -123,7 +138,10 @@ def main(arguments: argparse.Namespace) -> None:
     for row in rows:
         goal = GOALS.get(row["sparsity"])
         row["reached"] = None if goal is None else row["share_of_ideal"] >= goal and row.get("memory_mib", 0) <= MEMORY_GOAL
-    shown = ("seq", "head_dim", "dtype", "sparsity", "density", "dense_ms", "sparse_ms", "gain", "share_of_ideal", "memory_mib", "error", "reached")
+    shown = (
+        "seq", "head_dim", "dtype", "sparsity", "density", "dense_ms", "sparse_ms", "gain", "share_of_ideal", "pooled_ms", "pooled_gain",
+        "memory_mib", "error", "reached",
+    )
     goals = ", ".join(f"{goal:.0%} at sparsity {sparsity}" for sparsity, goal in GOALS.items())
     text = markdown(rows, shown) + f"\nTo reach: share_of_ideal at least {goals}; memory_mib at most {MEMORY_GOAL}.\n"
     print("\n" + text)
