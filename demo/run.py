@@ -175,13 +175,14 @@ def print_call(call: dict) -> None:
     print(f"\nOne attention call: {call['layout']} = {call['tokens']} tokens, {call['heads']} heads of {call['head_dim']}, {call['dtype']}\n")
     print(measures.table(["run", "sparsity", "seconds", "speed-up", "planning", "in steps", "in a run"], rows))
     adaspa, auto = call["methods"]["adaspa"], call["methods"]["auto"]
-    steps = {1: "in the last warm-up step, takes"}.get(adaspa["searching_steps"], "in the last two warm-up steps, takes")
+    last = {1: "the last warm-up step"}
+    adaspa_steps, auto_steps = (last.get(entry["searching_steps"], f"the last {entry['searching_steps']} warm-up steps") for entry in (adaspa, auto))
     print(
         f"\nseconds: median of {call['repeats']}, dense and sparse in turns. planning: seconds to choose what to keep, apart from that; for Auto to"
         "\ncheck what came out."
         f"\nin a run: this layer's speed-up over {call['steps']} steps, with the dense warm-up and all planning."
-        f"\nAdaSpa's first search, {steps} {adaspa['searching_seconds']:.2f} s, and Auto's {auto['searching_seconds']:.2f} s; both make the dense"
-        "\noutput too."
+        f"\nAdaSpa's first search takes {adaspa['searching_seconds']:.2f} s in {adaspa_steps}, Auto's {auto['searching_seconds']:.2f} s in"
+        f"\n{auto_steps}, the dense outputs of these steps included."
     )
 
 

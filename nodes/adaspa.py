@@ -35,12 +35,14 @@ class SparseAttentionPatchAdaSpa(io.ComfyNode):
                 *advanced_inputs(adaspa.CONFIG, [
                     io.Boolean.Input(
                         "head_adaptive", default=adaspa.CONFIG.head_adaptive, optional=True, advanced=True,
-                        tooltip="On: heads that need less give blocks to heads that need more; the mean stays what you asked for.",
+                        tooltip="On: heads that need less give blocks to heads that need more; the mean stays what you asked for. Tried out in each "
+                        "layer's search, and taken where it comes nearer to dense attention.",
                     ),
                     io.Combo.Input(
                         "token_order", options=list(TOKEN_ORDERS), default=adaspa.CONFIG.token_order, optional=True, advanced=True,
                         tooltip="How tokens are put into blocks. hilbert: runs of a curve, compact in time, height and width in videos of "
-                        "every size. tile: boxes of 4 by 4 by 4, where the size is a multiple of that. raster: runs of a line, as in the paper.",
+                        "every size. tile: boxes of 4 by 4 by 4, compact where the size is a multiple of that. raster: runs of a line, "
+                        "as in the paper.",
                     ),
                 ], [
                     io.Combo.Input(

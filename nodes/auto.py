@@ -31,7 +31,7 @@ class SparseAttentionPatchAuto(io.ComfyNode):
                     "skipped. Down: faster. How much is skipped follows from it, and is told.",
                 ),
                 *common_inputs(
-                    "When blocks are searched anew. -1: in layers where the measured error has grown beyond what fidelity allows. 0: never. "
+                    "When blocks are searched anew. -1: in layers whose measured error has come to 1.25 times what fidelity allows. 0: never. "
                     "N: every N steps; more often follows the video more closely and costs more.",
                     " The search is in the last of them, so 0 means 1.",
                 ),

@@ -63,7 +63,7 @@ def advanced_inputs(defaults: type[MethodConfig], own: Sequence[io.Input] = (), 
         ),
         io.Int.Input(
             "min_tokens", default=-1, min=-1, max=10_000_000, step=1, optional=True, advanced=True,
-            tooltip="Videos with fewer tokens stay dense, since there is nothing to gain. "
+            tooltip="Videos with fewer tokens stay dense, since there is little or nothing to gain. "
             f"-1: automatic, {_LEAST_TOKENS}. 0: never for this reason.",
         ),
         *own,

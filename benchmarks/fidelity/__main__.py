@@ -15,7 +15,7 @@ from pack.demo.comfy_host import NoComfyUIError
 
 from ..measuring import ROOT
 from . import report
-from .checks import check
+from .checks import CLIPS, STEPS, check
 from .hosts import Comfy, Embedded, FidelityHost
 from .store import Store
 from .study import LEFT_OUT, Study, about, gather, run_all, tasks
@@ -26,7 +26,6 @@ how near each stays to dense: PSNR and SSIM of the video, relative L2 of attenti
 What is finished is kept in --out and not made again while model, clips, settings and code are the same; so a run can be stopped."""
 PAGE = ROOT / "docs" / "FIDELITY.md"
 RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
-_CHECK_STEPS = 4
 _PASSED = {True: "passed", False: "FAILED", None: "left out"}
 
 
@@ -91,7 +90,7 @@ def open_host(options: argparse.Namespace, stack: ExitStack) -> FidelityHost:
 
 def self_checks(host: FidelityHost, options: argparse.Namespace) -> list[dict]:
     """The checks on one clip and few steps, each told when it is done."""
-    study, found = Study(host, Store(options.out / "runs"), load_clips(1), options.seeds[:1], _CHECK_STEPS), []
+    study, found = Study(host, Store(options.out / "runs"), load_clips(CLIPS), options.seeds[:1], STEPS), []
     for one in check(study, again=options.check):
         found.append(one)
         print(f"{_PASSED[one['passed']]}: {one['check']}: {one['found']}.", flush=True)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from scipy import stats
+
+from .checks import CLIPS, STEPS
 from .papers import answers
 from .study import decibels, difference, difference_at_equal_work, flat
 
@@ -219,7 +222,8 @@ def setting(data: dict, times: bool = True) -> str:
         f"- **Video**: {size} = {about['tokens']:,} tokens; {len(clips)} clip{'s' if len(clips) != 1 else ''} ({clips_of}), "
         f"seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds))}; {about['steps']} steps where nothing else is said.",
         "- **PSNR, SSIM**: of the final video's luminance against the dense run's; mean over clips and seeds, ± the standard deviation over them.",
-        "- **Differences**: mean over the same clips and seeds, ± two standard errors; what is smaller than that is within noise.",
+        "- **Differences**: mean over the same clips and seeds, ± two standard errors; what is smaller than that is within noise."
+        + _surety(len(clips) * len(seeds)),
         "- **Relative L2**: of attention's output, sparse against dense for the same q, k and v, in every sparse call"
         + (f" on {rows:,} of its rows" if rows else "") + "; mean over steps and layers."
         + ("" if any(row["attention_error"] for row in data["rows"]) else " Not told by this host."),
@@ -228,10 +232,18 @@ def setting(data: dict, times: bool = True) -> str:
         *(f"- Variant `{name}` is left out: {reason}." for name, reason in data["left_out_variants"].items()),
     ]
     if data["checks"]:
-        lines += ["", "The harness's checks of itself:", ""]
+        lines += ["", f"The harness's checks of itself, on {CLIPS} clip in {STEPS} steps:", ""]
         words = {True: "passed", False: "**failed**", None: "not possible here"}
         lines += [f"- {one['check']}: {words[one['passed']]}. {one['found'][0].upper()}{one['found'][1:]}." for one in data["checks"]]
     return "\n".join(lines)
+
+
+def _surety(pairs: int) -> str:
+    """How much a verdict is worth: the chance that a mean of so few pairs is off by less than two standard errors (Student's t)."""
+    if pairs < 2:
+        return " Of one pair alone nothing can be told."
+    chance = 2 * stats.t.cdf(2, pairs - 1) - 1
+    return f" Of {pairs} pairs such a range holds the true mean {chance:.0%} of the time: take *yes* and *no* for no surer than that."
 
 
 def _times(rows: Sequence[dict]) -> list[str]:
