@@ -304,11 +304,19 @@ def test_the_best_schedule_is_sought_among_those_of_equal_work():
     assert "| Auto | 8 | 0.7 | again | 30.50 (0.61) | 29.00 (0.61) | 31.55 (0.60) | 50.00 (0.40) |" in text
 
 
+@pytest.mark.parametrize("seeds, sure", [((0,), "Of 2 pairs"), ((0, 1, 2), "Of 6 pairs")])
+def test_the_page_says_how_sure_verdicts_are(seeds, sure):
+    """Student's t with one degree of freedom: 2 / pi arctan(2) = 0.70; with five, 0.90 by its table."""
+    data = made_up(row("svg", 0.8, [25.0, 26.0]))
+    data["about"]["seeds"] = list(seeds)
+    assert f"{sure} such a range holds the true mean {'70%' if len(seeds) == 1 else '90%'} of the time" in report.setting(data)
+
+
 def test_a_page_gets_new_tables_and_keeps_its_words():
-    page = "# Words\n" + "".join(f"before {name}\n{report.marks(name)[0]}\nold\n{report.marks(name)[1]}\nafter\n" for name in report.SECTIONS)
+    page = "# Words\n" + "".join(f"before {name}\n{report.marks(name)[0]}\na past table\n{report.marks(name)[1]}\nafter\n" for name in report.SECTIONS)
     data = made_up(row("svg", 0.8, [25.0, 26.0]), row("random", 0.8, [None, None]))
     new = report.written(page, data)
-    assert "old" not in new and [line for line in new.splitlines() if line.startswith(("# ", "before", "after"))] == [
+    assert "a past table" not in new and [line for line in new.splitlines() if line.startswith(("# ", "before", "after"))] == [
         line for line in page.splitlines() if line.startswith(("# ", "before", "after"))
     ]
     assert "| SVG | 0.80 | 0.800 | 0.640 | 25.50 ± 0.71 | 0.9000 | 0.200 | 2 |\n" in new
