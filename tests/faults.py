@@ -6,18 +6,36 @@
         seen(host.shown[-1].text)
 
 The mark's words are literals: area, fault, outcome. `seen` takes the sentence that the person gets, word for word; where nothing is to be
-said, `seen("")`. A test with the mark that never calls it fails.
+said, `seen("")`. A test with the mark that never calls it fails, and so does one whose sentence the page does not have, figures aside.
 """
 
 import ast
+import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 # The areas of the table, in its order.
 AREAS = ("Other nodes", "Conditions and samplers", "Lifecycle", "Memory", "Backends", "Bad input", "More than one device", "The machine")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "RELIABILITY.md"
+START, END = "<!-- faults: made by tools/reliability.py -->", "<!-- /faults -->"
+
+
+def cell(text: str) -> str:
+    """Text as it can stand in a table's cell."""
+    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _without_figures(text: str) -> str:
+    return re.sub(r"\d[\d,.]*", "#", text)
+
+
+@functools.cache
+def _told_by_the_page() -> str:
+    return _without_figures(PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -38,6 +56,9 @@ def seen(request):
             for sentence in dict.fromkeys(told):
                 line = {"area": area, "fault": fault, "outcome": outcome, "seen": sentence, "test": request.node.nodeid.split("[")[0]}
                 file.write(json.dumps(line) + "\n")
+        return
+    new = [sentence for sentence in told if _without_figures(cell(sentence)) not in _told_by_the_page()]
+    assert not new, f"{PAGE.name} does not have these sentences; make it anew, python tools/reliability.py: {new}"
 
 
 def marked(tests: Path) -> set[tuple[str, str, str]]:

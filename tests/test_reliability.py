@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from faults import AREAS, marked
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "RELIABILITY.md"
+from faults import AREAS, PAGE, marked
 
 
 def rows():

@@ -19,8 +19,9 @@ from comfy_server import python_of_host
 from load_pack import ROOT
 
 TESTS = ROOT / "tests"
-PAGE = ROOT / "docs" / "RELIABILITY.md"
-START, END = "<!-- faults: made by tools/reliability.py -->", "<!-- /faults -->"
+sys.path.insert(0, str(TESTS))
+from faults import AREAS, END, PAGE, START, cell  # noqa: E402
+
 NOTHING = "(nothing: it is as without the fault)"
 
 
@@ -40,15 +41,7 @@ def results(comfyui: Path) -> list[dict]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def cell(text: str) -> str:
-    """Text as it can stand in a table's cell."""
-    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
-
-
 def markdown(found: list[dict], host: str) -> str:
-    sys.path.insert(0, str(TESTS))
-    from faults import AREAS
-
     rows: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for line in found:
         sentences = rows[line["area"]][line["fault"], line["outcome"]]
