@@ -205,6 +205,11 @@ def machine(device: str) -> dict[str, str]:
     return found
 
 
+def described(facts: Mapping[str, str]) -> str:
+    """`machine`'s facts in words."""
+    return "; ".join(f"{key} {value}" for key, value in facts.items())
+
+
 def _run(*command: str) -> str:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
@@ -266,6 +271,5 @@ def _cell(value: object) -> str:
 def write(folder: Path, name: str, title: str, facts: Mapping[str, str], text: str, data: object) -> None:
     """NAME.md for people and NAME.json for programs, both with the machine's description."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = "; ".join(f"{key} {value}" for key, value in facts.items())
-    (folder / f"{name}.md").write_text(f"# {title}\n\n{described}.\n\n{text}", encoding="utf-8")
+    (folder / f"{name}.md").write_text(f"# {title}\n\n{described(facts)}.\n\n{text}", encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps({"machine": dict(facts), "results": data}, indent=1) + "\n", encoding="utf-8")

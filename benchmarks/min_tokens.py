@@ -8,25 +8,19 @@ Dense is torch's scaled_dot_product_attention. Medians of interleaved repeats, o
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from pack.attention.call import AttentionCall, Dense
+from pack.attention.dispatch import sparse_attention
+from pack.attention.layout import VideoLayout
+from pack.attention.methods import METHODS
+from pack.attention.record import RunRecord
+from pack.attention.session import Session
+from pack.attention.warmup import make_schedule
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from load_pack import load_pack
-
-load_pack()
-from pack.attention.call import AttentionCall, Dense  # noqa: E402
-from pack.attention.dispatch import sparse_attention  # noqa: E402
-from pack.attention.layout import VideoLayout  # noqa: E402
-from pack.attention.methods import METHODS  # noqa: E402
-from pack.attention.record import RunRecord  # noqa: E402
-from pack.attention.session import Session  # noqa: E402
-from pack.attention.warmup import make_schedule  # noqa: E402
-
-from benchmarks.measuring import machine  # noqa: E402
+from .measuring import described, machine
 
 HEADS, HEAD_DIM = 4, 64
 LAYOUTS = [VideoLayout(9, edge, edge) for edge in (8, 11, 16, 21, 26, 32, 43)]
@@ -80,9 +74,8 @@ def table(repeats: int) -> str:
         rows.append(f"| {layout.seq_len} | {times['dense']:.1f} | {gains} |")
         print(rows[-1], flush=True)
     settings = ", ".join(f"{name} {sparsity}" for name, sparsity in SPARSITIES.items())
-    facts = "; ".join(f"{key} {value}" for key, value in machine("cpu").items())
     head = (
-        f"# A call on a CPU, dense and sparse\n\n{facts}.\n\n"
+        f"# A call on a CPU, dense and sparse\n\n{described(machine('cpu'))}.\n\n"
         f"{HEADS} heads of {HEAD_DIM}, float32, batch 1, noise; sparsity: {settings}; medians of {repeats}. Made by\n"
         "`python -m benchmarks.min_tokens --out FILE`. A sparse figure is the mean over the sparse steps of a run of 20 steps, with profiling and\n"
         "searches spread over them; a gain below 1 is a loss.\n\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from pack import kernels
 
-from .measuring import MIB, ROOT, exact_rows, interleaved, machine, markdown, random_mask, relative_error, write
+from .measuring import MIB, ROOT, described, exact_rows, interleaved, machine, markdown, random_mask, relative_error, write
 
 HEADS = 4
 BLOCK_Q, BLOCK_K = 128, 64
@@ -44,16 +44,12 @@ def _mask(seq: int, sparsity: float):
     return random_mask(1, HEADS, seq, seq, 1 - sparsity, BLOCK_Q, BLOCK_K, seed=round(100 * sparsity))
 
 
-def _sparse(q, k, v, mask):
-    return kernels.block_sparse_attention(q, k, v, mask, backend="torch")
+def _sparse(q, k, v, mask, pooled=None):
+    return kernels.block_sparse_attention(q, k, v, mask, pooled=pooled, backend="torch")
 
 
 def _pool(k, v):
     return kernels.pool_blocks(k, v, BLOCK_K, backend="torch")
-
-
-def _pooled(q, k, v, mask):
-    return kernels.block_sparse_attention(q, k, v, mask, pooled=_pool(k, v), backend="torch")
 
 
 def _shapes(quick: bool):
@@ -67,17 +63,16 @@ def _measure(seq: int, head_dim: int, dtype: torch.dtype, repeats: int) -> list[
     calls = {"dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
     for sparsity, mask in masks.items():
         calls[sparsity] = lambda mask=mask: _sparse(q, k, v, mask)
-        calls[sparsity, "pooled"] = lambda mask=mask: _pooled(q, k, v, mask)
+        calls[sparsity, "pooled"] = lambda mask=mask: _sparse(q, k, v, mask, _pool(k, v))
     times = interleaved(calls, repeats)
     sample = torch.randperm(seq, generator=torch.Generator().manual_seed(1))[:CHECKED_ROWS]
-    rows = []
+    pool, rows = _pool(k, v), []
     for sparsity, mask in masks.items():
-        plan, pooled_plan = kernels.SparsePlan(mask), kernels.SparsePlan(mask, pooled=_pool(k, v))
-        kept = kernels.density(plan, seq, seq).mean().item()
+        plans = [kernels.SparsePlan(mask, pooled=pooled) for pooled in (None, pool)]
+        kept = kernels.density(plans[0], seq, seq).mean().item()
         dense, sparse, pooled = times["dense"], times[sparsity], times[sparsity, "pooled"]
         errors = [
-            relative_error(run(q, k, v, mask)[:, :, sample], exact_rows(q, k, v, sample, exact))
-            for run, exact in ((_sparse, plan), (_pooled, pooled_plan))
+            relative_error(_sparse(q, k, v, mask, plan.pooled)[:, :, sample], exact_rows(q, k, v, sample, plan)) for plan in plans
         ]
         rows.append({
             "seq": seq, "heads": HEADS, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "sparsity": sparsity,
@@ -126,7 +121,7 @@ def _memory(quick: bool) -> list[int] | None:
 def main(arguments: argparse.Namespace) -> None:
     repeats = arguments.repeats or (3 if arguments.quick else 5)
     facts = machine("cpu")
-    print(_ABOUT + "\n" + "; ".join(f"{key} {value}" for key, value in facts.items()) + f"; {repeats} repeats\n", flush=True)
+    print(_ABOUT + "\n" + described(facts) + f"; {repeats} repeats\n", flush=True)
     rows = []
     for seq, head_dim, dtype in _shapes(arguments.quick):
         rows += _measure(seq, head_dim, dtype, repeats)

@@ -11,7 +11,7 @@ import torch
 from . import goals, opponents, whole_step
 from .gpu_case import NO_TIMES, Bench, Case
 from .inputs import INPUTS, Shape, method_plan
-from .measuring import MissingError, raiser
+from .measuring import MissingError, described, raiser
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
     unknown = set(wanted) - {"goals", "steps", *names}
     if unknown:
         sys.exit(f"--only: {', '.join(sorted(unknown))} is not one of goals, steps, {', '.join(names)}")
-    print((NO_TIMES if bench.dry else "") + "; ".join(f"{key} {value}" for key, value in bench.facts.items()) + "\n", flush=True)
+    print((NO_TIMES if bench.dry else "") + described(bench.facts) + "\n", flush=True)
     cases = whole_step.TINY_CASES if bench.dry else whole_step.CASES
     steps = lambda: whole_step.measure(bench.report, bench.time, bench.device, bench.dtype, cases)  # noqa: E731
     for name, run in (("goals", lambda: goals.measure(bench)), ("steps", steps)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import opponents
 from .inputs import STEPS, session_of
-from .measuring import MissingError, Report, Stopwatch, machine, raiser, table
+from .measuring import MissingError, Report, Stopwatch, described, machine, raiser, table
 
 ABOUT = f"""
 Wan-shaped transformers of plain torch (modulation, self-attention with RMS norms and rotary positions, cross-attention to 512 text
@@ -264,7 +264,7 @@ def main() -> None:
         parser.error("torch sees no GPU here (CUDA or ROCm); --device cpu takes a small model, --dry-run a tiny one")
     device = "cpu" if arguments.dry_run else arguments.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float16 if arguments.dry_run else torch.float32
-    print("; ".join(f"{key} {value}" for key, value in machine(device).items()) + "\n" + ABOUT, flush=True)
+    print(described(machine(device)) + "\n" + ABOUT, flush=True)
     time = Stopwatch(device, least=1 if arguments.dry_run else arguments.repeats) if device == "cpu" else Stopwatch(device)
     report = Report(arguments.budget_minutes)
     measure(report, time, device, dtype, cases=TINY_CASES if arguments.dry_run else CPU_CASES if device == "cpu" else CASES)

@@ -175,8 +175,8 @@ def print_call(call: dict) -> None:
     print(f"\nOne attention call: {call['layout']} = {call['tokens']} tokens, {call['heads']} heads of {call['head_dim']}, {call['dtype']}\n")
     print(measures.table(["run", "sparsity", "seconds", "speed-up", "planning", "in steps", "in a run"], rows))
     adaspa, auto = call["methods"]["adaspa"], call["methods"]["auto"]
-    last = {1: "the last warm-up step"}
-    adaspa_steps, auto_steps = (last.get(entry["searching_steps"], f"the last {entry['searching_steps']} warm-up steps") for entry in (adaspa, auto))
+    counts = [entry["searching_steps"] for entry in (adaspa, auto)]
+    adaspa_steps, auto_steps = ("the last warm-up step" if count == 1 else f"the last {count} warm-up steps" for count in counts)
     print(
         f"\nseconds: median of {call['repeats']}, dense and sparse in turns. planning: seconds to choose what to keep, apart from that; for Auto to"
         "\ncheck what came out."
