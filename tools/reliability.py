@@ -20,9 +20,7 @@ from load_pack import ROOT
 
 TESTS = ROOT / "tests"
 sys.path.insert(0, str(TESTS))
-from faults import AREAS, END, PAGE, START, cell  # noqa: E402
-
-NOTHING = "(nothing: it is as without the fault)"
+from faults import AREAS, END, NOTHING, PAGE, START, cell  # noqa: E402
 
 
 def results(comfyui: Path) -> list[dict]:

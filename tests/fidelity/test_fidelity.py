@@ -346,6 +346,11 @@ def test_the_page_says_what_the_json_holds():
         assert [one for one in data["checks"] if one["passed"] is False] == []
 
 
+def test_the_shipped_defaults_reach_their_goals():
+    goals = report.goals_table(json.loads(command.RESULTS.read_text(encoding="utf-8"))).splitlines()[2:]
+    assert len(goals) == len(report.GOALS) and all(" | yes | " in line for line in goals), goals
+
+
 def test_a_plot_is_the_same_every_time(tmp_path):
     data = made_up(*(row(name, budget, [30 - 10 * budget, 31.0]) for name in ("svg", "auto") for budget in (0.5, 0.8)))
     for name in ("a.png", "b.png"):
